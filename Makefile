@@ -1,0 +1,40 @@
+# Everything runs in .venv, made on first use from this folder's own files. PYTHON and TORCH may be overridden:
+#   make test PYTHON=python3.12 TORCH="torch --index-url …"
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PATHS := kernels aligngpt training benchmarks tests setup.py
+
+.PHONY: install check format test test-all bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+check: install
+	$(BIN)/ruff check $(PATHS)
+	$(BIN)/ruff format --check $(PATHS)
+	$(BIN)/mypy kernels/aligngpt_kernels aligngpt training benchmarks
+
+format: install
+	$(BIN)/ruff check --fix $(PATHS)
+	$(BIN)/ruff format $(PATHS)
+
+test: install
+	$(BIN)/python -m pytest tests -m "not slow and not gpu"
+
+test-all: install
+	$(BIN)/python -m pytest tests -m "not gpu"
+
+bench: install
+	$(BIN)/python -m pytest benchmarks
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,99 @@
+"""Examples to a batch: padding, the injection plan and the supervised rows, all made on the host.
+
+Samples keep their order and their content. Text-only and image samples mix freely; a batch without an image carries
+`pixel_values` of zero images, so that every rank of a sharded run does the same work.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from aligngpt_kernels import InjectionPlan, injection_plan
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .text import IGNORE_INDEX, TokenIds, Tokenized
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One sample ready for the model."""
+
+    id: str
+    text: Tokenized
+    pixel_values: Tensor  # (images, 3, size, size) fp32
+    level: int | None = None  # alignment level 0..N-1, None where the gate makes H
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """A padded batch of B samples, L tokens, M images and S samples with an image."""
+
+    ids: list[str]
+    input_ids: Tensor  # (B, L) int64
+    attention_mask: Tensor  # (B, L) int64
+    labels: Tensor  # (B, L) int64, -100 where no loss is taken, not shifted
+    gate_mask: Tensor  # (B, L) bool
+    pixel_values: Tensor  # (M, 3, size, size) fp32
+    align_levels: Tensor | None  # (S,) int64
+    plan: InjectionPlan
+    rows: Tensor  # (supervised,) int64 indices into (B·L): where a supervised token is predicted
+
+    @property
+    def num_supervised(self) -> int:
+        return self.rows.shape[0]
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the model's `forward`."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "ids"}
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
+        def move(value: Any) -> Any:
+            if isinstance(value, InjectionPlan):
+                return InjectionPlan(*(move(item) for item in value))
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+
+        return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
+
+
+def collate(examples: Sequence[Example], *, token_ids: TokenIds, rows_per_image: int, image_size: int) -> Batch:
+    """Pad on the right and plan the injection.
+
+    Raises:
+        ValueError: a sample's image tokens do not match its images, or some samples with an image have a level and
+            others none.
+    """
+    for example in examples:
+        have = int((example.text.input_ids == token_ids.image).sum())
+        if have != example.pixel_values.shape[0] * rows_per_image:
+            raise ValueError(
+                f"sample {example.id}: {have} image tokens for {example.pixel_values.shape[0]} images; "
+                f"{rows_per_image} per image are needed"
+            )
+    with_image = [example for example in examples if example.pixel_values.shape[0]]
+    unlevelled = [example.id for example in with_image if example.level is None]
+    if unlevelled and len(unlevelled) < len(with_image):
+        raise ValueError(f"sample {unlevelled[0]} has no alignment level; others of its batch have one")
+    # Without an image there is nothing to look up: the gate's path then keeps table and gate in the graph.
+    levelled = with_image and not unlevelled
+    levels = torch.tensor([example.level for example in with_image], dtype=torch.int64) if levelled else None
+
+    def pad(name: str, value: Any) -> Tensor:
+        return pad_sequence([getattr(e.text, name) for e in examples], batch_first=True, padding_value=value)
+
+    input_ids, labels = pad("input_ids", token_ids.pad), pad("labels", IGNORE_INDEX)
+    lengths = torch.tensor([example.text.input_ids.shape[0] for example in examples])
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
+    empty = torch.zeros(0, 3, image_size, image_size)
+    return Batch(
+        ids=[example.id for example in examples],
+        input_ids=input_ids,
+        attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+        labels=labels,
+        gate_mask=pad("gate_mask", False),
+        pixel_values=torch.cat([empty, *(example.pixel_values for example in examples)]),
+        align_levels=levels,
+        plan=injection_plan(input_ids, image_token_id=token_ids.image, align_token_id=token_ids.align),
+        rows=(shifted.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1),
+    )

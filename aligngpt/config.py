@@ -1,0 +1,192 @@
+"""The model's configuration: LLaVA's, plus what the alignment token needs.
+
+`AlignGPTConfig` is LLaVA's nested config (`text_config`, `vision_config`) with the alignment fields of the paper
+(arXiv 2405.14129). A flat `config.json` of the public AlignGPT folders is recognised by its own keys and converted.
+"""
+
+from typing import Any, Literal, get_args
+
+from transformers import AutoConfig, LlavaConfig, PretrainedConfig
+
+AlignMode = Literal["adaptive", "local", "global", "average", "none"]
+GateText = Literal["prompt", "all"]
+ALIGN_MODES: tuple[str, ...] = get_args(AlignMode)
+
+# How patches are taken from a tower's hidden state: CLIP puts a CLS token first, SigLIP has none.
+SELECT_STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+
+# A public AlignGPT folder names its tower and holds no dimensions of it.
+_CLIP_LARGE = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+KNOWN_TOWERS: dict[str, dict[str, Any]] = {
+    "openai/clip-vit-large-patch14-336": {**_CLIP_LARGE, "image_size": 336},
+    "openai/clip-vit-large-patch14": {**_CLIP_LARGE, "image_size": 224},
+}
+
+# The LLM's fields in a public folder's flat config; the others there belong to AlignGPT or to its training script.
+_LLAMA_FIELDS = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "attention_bias",
+    "attention_dropout",
+    "mlp_bias",
+    "head_dim",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+]
+
+# Heads that do more than one matrix product; `linear_cross_entropy` would silently leave that out.
+_HEAD_SCALES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
+
+
+class AlignGPTConfig(LlavaConfig):
+    """Configuration of `AlignGPTForConditionalGeneration`.
+
+    Fields beyond `LlavaConfig`'s:
+        num_align_levels: N, rows of the alignment table; the last one is the global level.
+        align_mode: how a sample's alignment row H is made when no level is given: "adaptive" α·local + global,
+            "local" α·local, "global" the last row, "average" the mean of the local rows + global, "none" no token at
+            all, which is LLaVA-1.5.
+        gate_hidden_size: width of the gate's hidden layer.
+        gate_text: which text the gate averages: "prompt" leaves out every assistant turn, "all" is what the public
+            code does.
+        align_token_id: id of `<align>`; the image token's is `image_token_id`. Both default to the two ids after the
+            LLM's vocabulary; embedding and head never grow, since these ids are never looked up.
+        image_aspect_ratio: "pad" or "square", how images are made square.
+        lm_head_bias: whether the LLM's head has a bias (Phi's has).
+    """
+
+    model_type = "aligngpt"
+
+    num_align_levels: int = 8
+    align_mode: AlignMode = "adaptive"
+    gate_hidden_size: int = 256
+    gate_text: GateText = "prompt"
+    align_token_id: int = 32000
+    image_token_index: int = 32001
+    image_aspect_ratio: Literal["pad", "square"] = "pad"
+    lm_head_bias: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        for name, value, allowed in (
+            ("align_mode", self.align_mode, ALIGN_MODES),
+            ("gate_text", self.gate_text, get_args(GateText)),
+            ("image_aspect_ratio", self.image_aspect_ratio, ("pad", "square")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        if self.num_align_levels < 2:
+            raise ValueError(
+                f"num_align_levels is {self.num_align_levels}; at least one local level and the global one"
+            )
+        if self.align_token_id == self.image_token_id:
+            raise ValueError(f"align_token_id and image_token_id are both {self.align_token_id}; they must differ")
+
+    @classmethod
+    def from_parts(cls, llm: PretrainedConfig, vision: PretrainedConfig, **align: Any) -> "AlignGPTConfig":
+        """Config of a new model from an LLM's and a vision tower's config; `align` sets any field of this class.
+
+        Raises:
+            ValueError: the tower is neither CLIP nor SigLIP, or the LLM's head scales or caps its logits.
+        """
+        vision = getattr(vision, "vision_config", vision)  # a whole CLIP or SigLIP model carries its tower's
+        if vision.model_type not in SELECT_STRATEGY:
+            raise ValueError(f"vision has model_type {vision.model_type!r}; wanted one of {', '.join(SELECT_STRATEGY)}")
+        for name, neutral in _HEAD_SCALES.items():
+            if getattr(llm, name, neutral) not in (None, neutral):
+                raise ValueError(
+                    f"llm has {name}={getattr(llm, name)}; its head is more than a linear layer, which is not supported"
+                )
+        if vision.image_size % vision.patch_size:
+            raise ValueError(
+                f"vision has image_size {vision.image_size}, no multiple of patch_size {vision.patch_size}"
+            )
+        fields: dict[str, Any] = {
+            "text_config": llm,
+            "vision_config": vision,
+            "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
+            "vision_feature_select_strategy": SELECT_STRATEGY[vision.model_type],
+            "align_token_id": llm.vocab_size,
+            "image_token_index": llm.vocab_size + 1,
+            "tie_word_embeddings": llm.tie_word_embeddings,
+        }
+        if "image_token_id" in align:
+            align["image_token_index"] = align.pop("image_token_id")
+        return cls(**(fields | align))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if is_public(config_dict):
+            config_dict = _nested(config_dict, kwargs.pop("vision_config", None))
+        return super().from_dict(config_dict, **kwargs)
+
+
+def is_public(config: dict[str, Any]) -> bool:
+    """Whether a parsed `config.json` is a public AlignGPT folder's flat one."""
+    return config.get("model_type") == AlignGPTConfig.model_type and "text_config" not in config
+
+
+def _nested(public: dict[str, Any], vision: PretrainedConfig | dict[str, Any] | None) -> dict[str, Any]:
+    """A public folder's flat config as `AlignGPTConfig`'s fields. N is not in it: the weights' shape tells."""
+    if vision is None:
+        vision = _tower_config(public.get("mm_vision_tower"))
+    if isinstance(vision, PretrainedConfig):
+        vision = getattr(vision, "vision_config", vision).to_dict()
+    if public.get("mm_projector_type") != "mlp2x_gelu":
+        raise ValueError(f"mm_projector_type is {public.get('mm_projector_type')!r}; only 'mlp2x_gelu' is supported")
+    if public.get("mm_vision_select_feature", "patch") != "patch":
+        raise ValueError(
+            f"mm_vision_select_feature is {public['mm_vision_select_feature']!r}; only 'patch' is supported"
+        )
+    if public.get("mm_hidden_size") != vision["hidden_size"]:
+        raise ValueError(
+            f"mm_hidden_size is {public.get('mm_hidden_size')}; the tower's hidden_size is {vision['hidden_size']}"
+        )
+    llm = {name: public[name] for name in _LLAMA_FIELDS if name in public}
+    return {
+        "architectures": ["AlignGPTForConditionalGeneration"],
+        "dtype": public.get("torch_dtype"),
+        "text_config": {"model_type": "llama", **llm},
+        "vision_config": vision,
+        "vision_feature_layer": public.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": "default",
+        "image_seq_length": (vision["image_size"] // vision["patch_size"]) ** 2,
+        "image_aspect_ratio": public.get("image_aspect_ratio") or "square",
+        "align_token_id": public["vocab_size"],
+        "image_token_index": public["vocab_size"] + 1,
+        "gate_text": "all",  # the public weights were trained with the whole text in the gate
+        "tie_word_embeddings": public.get("tie_word_embeddings", False),
+    }
+
+
+def _tower_config(tower: str | None) -> dict[str, Any]:
+    if tower in KNOWN_TOWERS:
+        return dict(KNOWN_TOWERS[tower])
+    try:
+        config = AutoConfig.from_pretrained(tower, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"mm_vision_tower is {tower!r}, neither a local folder nor one of {', '.join(KNOWN_TOWERS)}; "
+            "pass vision_config= with the tower's dimensions"
+        ) from error
+    return getattr(config, "vision_config", config).to_dict()

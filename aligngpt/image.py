@@ -1,0 +1,136 @@
+"""Image files to pixel tensors: the pre-processing every other path (DALI, torchvision) is tested against.
+
+    open_image   bytes or path -> PIL RGB, fully decoded or refused
+    preprocess   PIL RGB       -> float32 (3, size, size): resize, crop, (x / 255 - mean) / std
+
+    aspect "square": the short side becomes `size` (bicubic, the long side int(size · long / short)), centre crop.
+    aspect "pad":    pasted into the centre of a square canvas of colour int(mean · 255), then as above.
+
+These are the public code's steps with CLIP's image processor, to the bit (`tests/data/oracle/image_preprocess.npz`).
+PIL alone does them. Everything is in RGB: gray, palette, CMYK, alpha and 16-bit images go through PIL's
+`convert("RGB")`. EXIF orientation is ignored: pixels are taken as stored, as in the public code.
+
+What a file may cost is decided from its header: more than `MAX_PIXELS` pixels are refused before anything is decoded,
+and only the raster formats of `FORMATS` are tried (PIL would hand an EPS file to Ghostscript). A file cut inside its
+pixels is refused: its missing half would train as gray. GIF and WebP animations give their first frame.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 89_478_485  # PIL's own warning threshold: 256 MiB of RGB
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+ASPECTS = ("square", "pad")
+
+
+class ImageError(ValueError):
+    """An image that can't be used; the message names it and says why."""
+
+
+def open_image(source: str | os.PathLike[str] | bytes, *, name: str | None = None) -> Image.Image:
+    """Decode an image to RGB.
+
+    source: a path, or the file's bytes; name: what errors call it (default: the path, or "image of n bytes").
+    ImageError: missing, empty, not an image of `FORMATS`, larger than `MAX_PIXELS`, truncated or damaged.
+    """
+    if isinstance(source, bytes):
+        name = name or f"image of {len(source)} bytes"
+        file: io.BytesIO | Path = io.BytesIO(source)
+    else:
+        name = name or os.fspath(source)
+        file = Path(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL warns of large or odd files; here they are refused or they decode
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise ImageError(f"{name}: {width}×{height} pixels; at most {MAX_PIXELS} are decoded")
+                image.load()
+                return image.convert("RGB")
+        except ImageError:
+            raise
+        except FileNotFoundError as error:
+            raise ImageError(f"{name}: no such file") from error
+        except UnidentifiedImageError as error:
+            raise ImageError(
+                f"{name}: not an image ({_what(source)}); it must be one of {', '.join(FORMATS)}"
+            ) from error
+        except Image.DecompressionBombError as error:
+            raise ImageError(f"{name}: too many pixels; at most {MAX_PIXELS} are decoded ({error})") from error
+        except Exception as error:  # damaged input: PIL's decoders raise whatever their parser trips over
+            raise ImageError(f"{name}: can't be decoded ({type(error).__name__}: {error})") from error
+
+
+def _what(source: str | os.PathLike[str] | bytes) -> str:
+    head = source[:16] if isinstance(source, bytes) else b""
+    if not isinstance(source, bytes):
+        with open(source, "rb") as file:
+            head = file.read(16)
+    return f"it begins with {head!r}" if head else "it is empty"
+
+
+def preprocess(
+    image: Image.Image,
+    *,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    aspect: str,
+) -> torch.Tensor:
+    """Pixels of an RGB image, float32 (3, size, size), normalised with `mean` and `std` (3 numbers each, of 0..1).
+
+    aspect: "square" (stage 1) or "pad" (stage 2); see the module's docstring.
+    ImageError: a shape so long that resizing it would need more than `MAX_PIXELS` pixels.
+    """
+    if aspect not in ASPECTS:
+        raise ValueError(f"aspect is {aspect!r}; it must be one of {', '.join(ASPECTS)}")
+    if image.mode != "RGB":
+        raise ValueError(f"image has mode {image.mode!r}; it must be 'RGB' (open_image returns that)")
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError(f"mean and std have {len(mean)} and {len(std)} numbers; RGB needs 3 each")
+    if aspect == "pad":
+        image = _pad_to_square(image, tuple(int(channel * 255) for channel in mean))
+    image = _resize_and_crop(image, size)
+    # float64 until the rescaled value, as CLIP's image processor computes it
+    scaled = (np.asarray(image, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    pixels = (scaled - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    _check_pixels(image, side, side)
+    canvas = Image.new("RGB", (side, side), color)
+    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+    return canvas
+
+
+def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    width, height = image.size
+    long = int(size * max(width, height) / min(width, height))
+    new_width, new_height = (size, long) if width <= height else (long, size)
+    _check_pixels(image, new_width, new_height)
+    image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+    left, top = (new_width - size) // 2, (new_height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _check_pixels(image: Image.Image, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"image of {image.width}×{image.height} is too long: it would become {width}×{height}; "
+            f"at most {MAX_PIXELS} pixels are made"
+        )

@@ -1,0 +1,544 @@
+"""AlignGPT: LLaVA with one token that tells the LLM how well image and text are aligned (arXiv 2405.14129).
+
+    image ─ vision tower (frozen) ─ projector ─ image rows I ──┬─────────────────────────────┐
+    text ── embeddings T ── mean over gate_mask: t̄ ── dots ⟨I_j, t̄⟩ ── gate: α ── H          │
+                                    [BOS, H, …text…, image rows, …text…] ── LLM ── loss / logits
+
+`H` is a row of the alignment table when `align_levels` is given (stage 1, or a fixed level at inference); otherwise the
+gate mixes it as `config.align_mode` says (stage 2 and inference). A batch says which: the model has no stage.
+
+The sequence is built by the fused ops of `aligngpt_kernels`, which read raw weights. Where a weight cannot be read raw
+(quantised, on meta, sharded on its own, wrapped by an adapter), the module is called instead, and that is logged once.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from aligngpt_kernels import (
+    InjectionPlan,
+    align_gate,
+    fused_projector,
+    inject,
+    injection_plan,
+    linear_cross_entropy,
+    text_mean,
+)
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaMultiModalProjector
+from transformers.utils import can_return_tuple
+
+from .checkpoint import check_names, read_config, stored_weights
+from .config import AlignGPTConfig, is_public
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class AlignGPTOutput(LlavaCausalLMOutputWithPast):
+    """LLaVA's output and `align_weights` (S, N-1) fp32, the weights of the local levels in each sample's H."""
+
+    align_weights: Tensor | None = None
+
+
+class AlignGate(nn.Module):
+    """Weights of α = softmax(W2·gelu(W1·dots + b1) + b2), W1 (hidden, P), W2 (N-1, hidden); `align_gate` uses them."""
+
+    def __init__(self, config: AlignGPTConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.image_seq_length, config.gate_hidden_size)
+        self.linear_2 = nn.Linear(config.gate_hidden_size, config.num_align_levels - 1)
+
+
+class _AlignInit:
+    """`_init_weights` of the two model classes: gate and projector as torch's Linear, the table xavier-uniform."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, AlignGate | LlavaMultiModalProjector):
+            for linear in (module.linear_1, module.linear_2):
+                bound = 1 / math.sqrt(linear.in_features)
+                init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+                if linear.bias is not None:
+                    init.uniform_(linear.bias, -bound, bound)
+        elif isinstance(module, AlignGPTModel):
+            init.xavier_uniform_(module.align_table)
+
+
+class AlignGPTModel(_AlignInit, LlavaModel):
+    """Vision tower, projector, alignment table and gate, and the LLM without its head."""
+
+    config: AlignGPTConfig
+
+    def __init__(self, config: AlignGPTConfig):
+        super().__init__(config)
+        self.align_table = nn.Parameter(torch.empty(config.num_align_levels, config.text_config.hidden_size))
+        self.align_gate = AlignGate(config)
+        self.vision_tower.requires_grad_(False)
+        self.post_init()
+
+    def train(self, mode: bool = True) -> "AlignGPTModel":
+        super().train(mode)
+        self.vision_tower.eval()
+        return self
+
+    @torch.no_grad()
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """Patch features (M, P, C) of images (M, 3, height, width): the tower's chosen hidden states, CLS dropped."""
+        config = self.config
+        layers = config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        tower_dtype = next(self.vision_tower.parameters()).dtype
+        if pixel_values.shape[0] == 0:
+            width = config.vision_config.hidden_size * len(layers)
+            return pixel_values.new_zeros(0, config.image_seq_length, width, dtype=tower_dtype)
+        states = self.vision_tower(pixel_values.to(tower_dtype), output_hidden_states=True).hidden_states
+        features = torch.cat([states[layer] for layer in layers], dim=-1)
+        if config.vision_feature_select_strategy == "default":
+            features = features[:, 1:]
+        if features.shape[1] != config.image_seq_length:
+            raise ValueError(
+                f"pixel_values of {tuple(pixel_values.shape[-2:])} give {features.shape[1]} rows per image; "
+                f"the gate was built for {config.image_seq_length}"
+            )
+        return features
+
+    def project(self, features: Tensor) -> Tensor:
+        """Image rows (M, P, D) of patch features (M, P, C)."""
+        projector = self.multi_modal_projector
+        first, second = projector.linear_1, projector.linear_2
+        if self.config.projector_hidden_act == "gelu" and first.bias is not None and _raw(first) and _raw(second):
+            return fused_projector(
+                features.to(first.weight.dtype), first.weight, first.bias, second.weight, second.bias
+            )
+        return projector(features.to(self.align_table.dtype))
+
+    def embed(
+        self,
+        input_ids: Tensor,  # (B, L)
+        pixel_values: Tensor | None = None,  # (M, 3, height, width)
+        *,
+        attention_mask: Tensor | None = None,  # (B, L)
+        align_levels: Tensor | None = None,  # (S,)
+        gate_mask: Tensor | None = None,  # (B, L) bool
+        plan: InjectionPlan | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The LLM's input (B, L, D) and the gate's weights (S, N-1), None where no gate ran.
+
+        `plan` is the collator's; without one it is made here. Several images of a sample stand in `pixel_values` in
+        the order of their placeholders.
+        """
+        config = self.config
+        rows_per_image = config.image_seq_length
+        if pixel_values is None:
+            size = config.vision_config.image_size
+            pixel_values = self.align_table.new_zeros(0, 3, size, size)
+        num_images = pixel_values.shape[0]
+        if plan is None:
+            plan = self._plan(input_ids, num_images)
+        image_rows = self.project(self.image_features(pixel_values))
+
+        embedding = self.get_input_embeddings()
+        if _raw(embedding):
+            ids, table, scale = input_ids, embedding.weight, float(getattr(embedding, "scalar_embed_scale", 1.0))
+        else:  # the module embeds every token; row t of what it returns is then "the table's" row of token t
+            text_ids = torch.where(plan.source.view(input_ids.shape) == -1, input_ids, 0)
+            ids = torch.arange(input_ids.numel(), device=input_ids.device).view(input_ids.shape)
+            table, scale = embedding(text_ids).flatten(0, 1), 1.0
+
+        weights = None
+        align_table = self.align_table.to(table.dtype)
+        num_samples = plan.align_place.shape[0]
+        if align_levels is not None and config.align_mode != "none":
+            if align_levels.shape != (num_samples,):
+                raise ValueError(
+                    f"align_levels has shape {tuple(align_levels.shape)}; {num_samples} samples have an image"
+                )
+            align_rows = F.embedding(align_levels, align_table)
+        elif config.align_mode == "none":
+            align_rows = table.new_zeros(num_samples, table.shape[1])
+        else:
+            if gate_mask is None and attention_mask is not None:
+                gate_mask = _all_text(attention_mask, plan)
+            mean = text_mean(ids, table, gate_mask, plan, embed_scale=scale)
+            gate = self.align_gate
+            align_rows, weights = align_gate(
+                image_rows,
+                mean,
+                *(gate.linear_1.weight, gate.linear_1.bias, gate.linear_2.weight, gate.linear_2.bias),
+                align_table,
+                image_sample=plan.image_sample(rows_per_image),
+                mode=config.align_mode,
+            )
+        image_rows, align_rows = image_rows.to(table.dtype), align_rows.to(table.dtype)
+        return inject(ids, table, image_rows, align_rows, plan=plan, embed_scale=scale), weights
+
+    def _plan(self, input_ids: Tensor, num_images: int) -> InjectionPlan:
+        """Where the ids are on the host they are counted and checked; elsewhere shapes alone size the plan: no sync."""
+        config = self.config
+        num_image_rows = num_images * config.image_seq_length
+        on_host = input_ids.device.type == "cpu"
+        plan = injection_plan(
+            input_ids,
+            image_token_id=config.image_token_id,
+            align_token_id=config.align_token_id,
+            num_image_rows=None if on_host else num_image_rows,
+            num_samples=None if on_host else min(num_images, input_ids.shape[0]),
+        )
+        if not plan.exact:
+            return plan
+        if plan.image_place.shape[0] != num_image_rows:
+            raise ValueError(
+                f"input_ids has {plan.image_place.shape[0]} image tokens; pixel_values holds {num_images} images "
+                f"of {config.image_seq_length} rows"
+            )
+        wanted = 0 if config.align_mode == "none" else plan.align_place.shape[0]
+        found = int((input_ids == config.align_token_id).sum())
+        if found != wanted or (wanted and bool((plan.align_place < 0).any())):
+            raise ValueError(
+                f"input_ids has {found} <align> tokens; with align_mode {config.align_mode!r} it needs {wanted}, "
+                "one in each sample that has an image"
+            )
+        return plan
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        align_levels: Tensor | None = None,
+        gate_mask: Tensor | None = None,
+        plan: InjectionPlan | None = None,
+        **kwargs: Any,
+    ) -> AlignGPTOutput:
+        """The LLM's last hidden states (B, L, D), and `align_weights`. Arguments as in the class with the head."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        weights = None
+        if inputs_embeds is None:
+            assert input_ids is not None
+            if pixel_values is None and not self.training:  # text alone, as in every step of decoding
+                if input_ids.device.type == "cpu" and bool((input_ids == self.config.image_token_id).any()):
+                    raise ValueError("input_ids has image tokens; pixel_values is missing")
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            else:  # in training also without an image: projector, gate and table stay in every rank's graph
+                inputs_embeds, weights = self.embed(
+                    input_ids,
+                    pixel_values,
+                    attention_mask=attention_mask,
+                    align_levels=align_levels,
+                    gate_mask=gate_mask,
+                    plan=plan,
+                )
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        outputs["align_weights"] = weights
+        return outputs
+
+
+class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration):
+    """AlignGPT with its language-model head. `from_parts` builds a new one, `from_pretrained` reads a folder."""
+
+    config: AlignGPTConfig
+    config_class = AlignGPTConfig
+
+    def __init__(self, config: AlignGPTConfig):
+        super(LlavaForConditionalGeneration, self).__init__(config)
+        self.model = AlignGPTModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls, llm: PreTrainedModel | str | Path, vision: PreTrainedModel | str | Path, *, seed: int = 0, **align: Any
+    ) -> "AlignGPTForConditionalGeneration":
+        """A new AlignGPT from a causal LM and a CLIP or SigLIP model of transformers (or their folders).
+
+        Modules are taken over, not copied. Projector, gate and table start fresh from `seed`. `align` sets any field
+        of `AlignGPTConfig`, such as `align_mode="none"` or `num_align_levels=4`.
+        """
+        llm = llm if isinstance(llm, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(llm)
+        vision = vision if isinstance(vision, PreTrainedModel) else AutoModel.from_pretrained(vision)
+        vision = getattr(vision, "vision_model", vision) if hasattr(vision.config, "vision_config") else vision
+        head = llm.get_output_embeddings()
+        config = AlignGPTConfig.from_parts(llm.config, vision.config, lm_head_bias=head.bias is not None, **align)
+        with torch.device("meta"):
+            model = cls(config)
+        model.model.language_model = llm.base_model
+        model.model.vision_tower = vision.requires_grad_(False)
+        model.lm_head = head
+        fresh = {name: tensor.to(head.weight) for name, tensor in fresh_align_weights(config, seed).items()}
+        model.load_state_dict(fresh, strict=False, assign=True)
+        model.generation_config = llm.generation_config
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        vision_config: PretrainedConfig | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Read one of our folders or a public AlignGPT folder; every weight must be there and no other.
+
+        Args:
+            vision_config: dimensions of a public folder's tower, where `mm_vision_tower` in its config is neither a
+                local folder nor a known CLIP name.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir() and is_public(read_config(folder)):
+            return cls._from_public(folder, vision_config, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        check_names(set(info["unexpected_keys"]), set(info["missing_keys"]), source=str(pretrained_model_name_or_path))
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _from_public(cls, folder: Path, vision_config: Any, **kwargs: Any) -> Any:
+        stored = stored_weights(folder)
+        raw = read_config(folder)
+        config = kwargs.pop("config", None) or AlignGPTConfig.from_dict(raw, vision_config=vision_config)
+        with torch.device("meta"):
+            wanted = cls(config).state_dict()
+        tied = ["lm_head.weight"] if config.tie_word_embeddings else []
+        check_names(stored, wanted, source=str(folder), tied=tied)
+        config.num_align_levels = stored["model.align_table"].shape[0]
+        config.gate_hidden_size = stored["model.align_gate.linear_1.weight"].shape[0]
+        kwargs.setdefault("dtype", config.dtype)
+        weights = {name: tensor.read() for name, tensor in stored.items()}
+        return super().from_pretrained(None, config=config, state_dict=weights, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        align_levels: Tensor | None = None,
+        gate_mask: Tensor | None = None,
+        plan: InjectionPlan | None = None,
+        rows: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> AlignGPTOutput:
+        """One pass over `[BOS, <align>, …text…, P × <image>, …]` ids.
+
+        Args:
+            input_ids: (B, L), with one `<align>` per sample that has an image and P `<image>` per image.
+            pixel_values: (M, 3, height, width), the images in the order of their placeholders; may hold none.
+            attention_mask: (B, L), 0 at padding, on either side.
+            labels: (B, L), -100 where no loss is taken; shifted here.
+            align_levels: (S,) levels 0..N-1, one per sample with an image. Given: H is the table's row, whatever the
+                mode. Absent: the gate.
+            gate_mask: (B, L) bool, the text the gate averages; None: all attended text but the first token.
+            plan, rows: the collator's injection plan, and indices into (B·L) of the supervised rows.
+            num_items_in_batch: divides the summed loss; None: the number of supervised tokens here.
+
+        Returns:
+            `loss` if labels are given; `logits` (B, L or logits_to_keep, V), None when training with labels;
+            `align_weights` (S, N-1) where the gate ran.
+
+        Raises:
+            ValueError: image tokens and images do not match (checked where the ids are on the host), or the images'
+                size is not the tower's.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            align_levels=align_levels,
+            gate_mask=gate_mask,
+            plan=plan,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss = None if labels is None else self._loss(hidden, labels, rows, num_items_in_batch)
+        logits = None
+        if loss is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept, :])
+        return AlignGPTOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            align_weights=outputs.align_weights,
+        )
+
+    def _loss(self, hidden: Tensor, labels: Tensor, rows: Tensor | None, num_items: Tensor | int | None) -> Tensor:
+        """Σ over supervised tokens of the negative log-likelihood, divided by their number."""
+        labels = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        if num_items is None:
+            num_items = (labels != -100).sum().clamp(min=1)
+        if _raw(self.lm_head) and self.lm_head.bias is None:
+            total, _ = linear_cross_entropy(hidden, self.lm_head.weight, labels, rows=rows)
+        else:
+            if rows is not None:
+                hidden, labels = hidden[rows], labels[rows]
+            total = F.cross_entropy(self.lm_head(hidden).float(), labels, reduction="sum")
+        return total / num_items
+
+    # ---------------------------------------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate`, with the prompt embedded once, before it starts.
+
+        The alignment row depends on the whole prompt, so the prompt is embedded whole (text, image rows, H) and only
+        then expanded over beams. What logits processors see, and what is returned, has `<align>` and `<image>`
+        replaced by padding. Right-padded prompts are moved to the right edge first, so that every answer follows its
+        prompt at once.
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        generation_config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("prefill_chunk_size", getattr(generation_config, "prefill_chunk_size", None)):
+            raise ValueError(
+                "prefill_chunk_size is set; the alignment token depends on the whole prompt, prefill it whole"
+            )
+        past = kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length() > 0:
+            raise ValueError(
+                "past_key_values holds an earlier turn; the alignment token depends on the whole prompt, start anew"
+            )
+        if input_ids is None:
+            return super().generate(**kwargs)
+        attention_mask = kwargs.pop("attention_mask", None)
+        gate_mask = kwargs.pop("gate_mask", None)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        input_ids, attention_mask, gate_mask = _left_padded(input_ids, attention_mask, gate_mask)
+        prompt_embeds, _ = self.model.embed(
+            input_ids,
+            kwargs.pop("pixel_values", None),
+            attention_mask=attention_mask,
+            align_levels=kwargs.pop("align_levels", None),
+            gate_mask=gate_mask,
+            plan=kwargs.pop("plan", None),
+        )
+        return super().generate(
+            input_ids=self._visible_ids(input_ids, kwargs.get("pad_token_id"), generation_config),
+            attention_mask=attention_mask,
+            prompt_embeds=prompt_embeds,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, prompt_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        ids = inputs.get("input_ids")
+        if prompt_embeds is None or ids is None:
+            return inputs
+        start, prompt_length = input_ids.shape[1] - ids.shape[1], prompt_embeds.shape[1]
+        if start < prompt_length:  # prefill, or a step without a cache: the prompt's part is already embedded
+            answer = self.get_input_embeddings()(input_ids[:, prompt_length:])
+            inputs["inputs_embeds"] = torch.cat((prompt_embeds[:, start:].to(answer.dtype), answer), dim=1)
+            inputs["input_ids"] = None
+        return inputs
+
+    def _visible_ids(self, input_ids: Tensor, pad: int | None, generation_config: Any) -> Tensor:
+        """The ids with `<align>` and `<image>` replaced by padding: what may be looked up in the vocabulary."""
+        known = (
+            pad,
+            generation_config.pad_token_id,
+            self.config.text_config.pad_token_id,
+            generation_config.eos_token_id,
+        )
+        pad = next((c for c in known if c is not None), 0)
+        pad = pad[0] if isinstance(pad, list) else pad
+        special = (input_ids == self.config.align_token_id) | (input_ids == self.config.image_token_id)
+        return torch.where(special, pad, input_ids)
+
+
+def fresh_align_weights(config: AlignGPTConfig, seed: int) -> dict[str, Tensor]:
+    """New projector, gate and table, fp32 on the CPU, by state-dict name: a pure function of config and seed."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        modules = {"multi_modal_projector": LlavaMultiModalProjector(config), "align_gate": AlignGate(config)}
+        table = torch.empty(config.num_align_levels, config.text_config.hidden_size)
+        weights = {"model.align_table": nn.init.xavier_uniform_(table)}
+    for prefix, module in modules.items():
+        weights |= {f"model.{prefix}.{name}": tensor.float() for name, tensor in module.state_dict().items()}
+    return weights
+
+
+def _raw(module: nn.Module) -> bool:
+    """Whether an op may read `module.weight` itself: a plain floating-point weight, and nothing around the module."""
+    weight = getattr(module, "weight", None)
+    reason = None
+    if not isinstance(weight, Tensor) or isinstance(weight, DTensor):
+        reason = "its weight is not a plain tensor"
+    elif not weight.is_floating_point() or weight.is_meta:
+        reason = f"its weight is {weight.dtype} on {weight.device}"
+    elif type(module) not in (nn.Linear, nn.Embedding) and not hasattr(module, "scalar_embed_scale"):
+        reason = "it is not a plain layer"
+    elif module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+        reason = "it has hooks"
+    if reason is not None:
+        _say_once(f"{type(module).__name__}: {reason}; the module is called instead of the fused op")
+    return reason is None
+
+
+def _all_text(attention_mask: Tensor, plan: InjectionPlan) -> Tensor:
+    """(B, L) bool: attended text tokens but each row's first attended one (BOS), wherever the padding is."""
+    attended = attention_mask.bool()
+    first = attention_mask.long().cumsum(-1) == 1
+    return attended & ~first & (plan.source.view(attended.shape) == -1)
+
+
+def _left_padded(
+    input_ids: Tensor, attention_mask: Tensor, gate_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Each row rotated so that its trailing padding stands in front."""
+    length = input_ids.shape[1]
+    place = torch.arange(length, device=input_ids.device)
+    trailing = length - 1 - (place * attention_mask).amax(dim=1, keepdim=True)
+    order = (place - trailing) % length
+    rotate: Callable[[Tensor], Tensor] = lambda t: t.gather(1, order)  # noqa: E731
+    return rotate(input_ids), rotate(attention_mask), None if gate_mask is None else rotate(gate_mask)
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.info(message)

@@ -1,0 +1,355 @@
+"""From conversations and pictures to what the model reads, the same for training, evaluation and answering.
+
+`AlignGPTProcessor` joins a tokenizer and `AlignGPTImageProcessor`. It places one `<align>` and P `<image>` tokens per
+image, so that every shape is known before the model runs, and it emits `gate_mask`, the text the gate averages. Their
+two ids lie outside the tokenizer; `decode` leaves them out.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from .batch import Example
+from .config import AlignGPTConfig
+from .data.llava_json import Sample, image_path
+from .image import open_image, preprocess
+from .text import IMAGE_MARK, Part, TokenIds, Tokenized, Turn, render, tokenize
+
+ImageInput = Image.Image | str | Path | bytes
+
+
+class AlignGPTImageProcessor(ImageProcessingMixin):
+    """Pictures to the tower's input, by `aligngpt.image.preprocess`.
+
+    Args:
+        size: pixels of the square side.
+        image_mean, image_std: of each RGB channel, for values in [0, 1].
+        image_aspect_ratio: "square" crops the centre, "pad" pads with the mean colour.
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012  transformers' interface
+
+    def __init__(
+        self,
+        size: int = 336,
+        image_mean: Sequence[float] = OPENAI_CLIP_MEAN,
+        image_std: Sequence[float] = OPENAI_CLIP_STD,
+        image_aspect_ratio: str = "pad",
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.size = size
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.image_aspect_ratio = image_aspect_ratio
+
+    def pixels(self, images: Sequence[ImageInput]) -> Tensor:
+        """(images, 3, size, size) fp32."""
+        prepared = [
+            preprocess(
+                image.convert("RGB") if isinstance(image, Image.Image) else open_image(image),
+                size=self.size,
+                mean=self.image_mean,
+                std=self.image_std,
+                aspect=self.image_aspect_ratio,
+            )
+            for image in images
+        ]
+        return torch.stack(prepared) if prepared else torch.zeros(0, 3, self.size, self.size)
+
+    def __call__(self, images: ImageInput | Sequence[ImageInput], **kwargs: Any) -> BatchFeature:
+        return BatchFeature({"pixel_values": self.pixels(_listed(images))})
+
+
+class AlignGPTProcessor(ProcessorMixin):
+    """Tokenizer and image processor of an AlignGPT model.
+
+    Args:
+        template: "plain", "v1", "llama_2" or "chat" (the tokenizer's own chat template).
+        rows_per_image: P, `<image>` tokens per picture.
+        align_token_id, image_token_id: ids of the two tokens the model treats by itself.
+        align: whether samples with an image get an `<align>` (False where `align_mode` is "none").
+        gate_text: "prompt" or "all", which text `gate_mask` keeps.
+        max_length: tokens kept of a training sample.
+    """
+
+    def __init__(
+        self,
+        image_processor: AlignGPTImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str = "v1",
+        rows_per_image: int = 576,
+        align_token_id: int = 32000,
+        image_token_id: int = 32001,
+        align: bool = True,
+        gate_text: str = "prompt",
+        max_length: int = 2048,
+        chat_template: str | None = None,
+    ):
+        self.template = template
+        self.rows_per_image = rows_per_image
+        self.align_token_id = align_token_id
+        self.image_token_id = image_token_id
+        self.align = align
+        self.gate_text = gate_text
+        self.max_length = max_length
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    @classmethod
+    def from_parts(
+        cls,
+        llm: str | Path,
+        vision: str | Path,
+        config: AlignGPTConfig,
+        *,
+        template: str = "v1",
+        max_length: int = 2048,
+    ) -> "AlignGPTProcessor":
+        """Processor of a new model: the LLM folder's tokenizer, the tower folder's mean and deviation."""
+        mean, std = _normalisation(vision)
+        image_processor = AlignGPTImageProcessor(config.vision_config.image_size, mean, std, config.image_aspect_ratio)
+        return cls.for_model(config, image_processor, AutoTokenizer.from_pretrained(llm), template, max_length)
+
+    @classmethod
+    def for_model(
+        cls,
+        config: AlignGPTConfig,
+        image_processor: AlignGPTImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str = "v1",
+        max_length: int = 2048,
+    ) -> "AlignGPTProcessor":
+        """The processor whose tokens fit a model's config."""
+        return cls(
+            image_processor,
+            tokenizer,
+            template=template,
+            rows_per_image=config.image_seq_length,
+            align_token_id=config.align_token_id,
+            image_token_id=config.image_token_id,
+            align=config.align_mode != "none",
+            gate_text=config.gate_text,
+            max_length=max_length,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "AlignGPTProcessor":
+        """Read a folder that `save_pretrained` wrote. ValueError: it holds no AlignGPT processor."""
+        kwargs = {
+            name: value for name, value in kwargs.items() if name in ("cache_dir", "revision", "local_files_only")
+        }
+        try:
+            fields, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{pretrained_model_name_or_path} holds no {cls.__name__}: {error}") from error
+        if fields.pop("processor_class", None) != cls.__name__ or "image_processor" not in fields:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds no {cls.__name__}: its processor_config.json is another's"
+            )
+        pictures = {
+            name: value for name, value in fields.pop("image_processor").items() if name != "image_processor_type"
+        }
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return cls(AlignGPTImageProcessor(**pictures), tokenizer, **fields)
+
+    @property
+    def token_ids(self) -> TokenIds:
+        tokenizer = self.tokenizer
+        candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id)
+        return TokenIds(
+            image=self.image_token_id,
+            align=self.align_token_id,
+            pad=next((candidate for candidate in candidates if candidate is not None), 0),
+        )
+
+    def tokenize(self, parts: Sequence[Part], *, num_images: int, max_length: int | None, name: str) -> Tokenized:
+        return tokenize(
+            parts,
+            self.tokenizer,
+            self.token_ids,
+            rows_per_image=self.rows_per_image,
+            align=self.align,
+            gate_text="all" if self.gate_text == "all" else "prompt",
+            max_length=max_length,
+            num_images=num_images,
+            name=name,
+        )
+
+    def text(self, sample: Sample, template: str | None = None) -> Tokenized:
+        """A training sample's ids, labels and gate mask, in the processor's template or another."""
+        parts = render(
+            sample.turns,
+            template or self.template,
+            tokenizer=self.tokenizer,
+            has_images=bool(sample.images),
+            name=sample.name,
+        )
+        return self.tokenize(parts, num_images=len(sample.images), max_length=self.max_length, name=sample.name)
+
+    def example(self, sample: Sample, image_root: str | Path, *, level: int | None = None) -> Example:
+        """A training sample with its pictures. ValueError names the record and what is wrong with it."""
+        text = self.text(sample)
+        try:
+            pixels = self.image_processor.pixels([image_path(image_root, name) for name in sample.images])
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{sample.name}: {error}") from error
+        return Example(id=sample.id, text=text, pixel_values=pixels, level=level)
+
+    def __call__(
+        self,
+        images: ImageInput | Sequence[ImageInput] | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        padding_side: str = "left",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Rendered prompts, `<image>` standing for each picture in order, as the model's inputs.
+
+        Returns input_ids, attention_mask and gate_mask (B, L), and pixel_values (M, 3, size, size) if there are images.
+
+        Raises:
+            ValueError: no text, or the marks in the texts do not match the images in number.
+        """
+        if text is None:
+            raise ValueError("text is missing; a prompt with one <image> for each picture is needed")
+        texts = [text] if isinstance(text, str) else list(text)
+        pictures = [] if images is None else _listed(images)
+        marks = sum(prompt.count(IMAGE_MARK) for prompt in texts)
+        if marks != len(pictures):
+            raise ValueError(f"text has {marks} {IMAGE_MARK} marks; {len(pictures)} images were given")
+        prompts = [
+            self.tokenize(
+                _raw_parts(prompt), num_images=prompt.count(IMAGE_MARK), max_length=None, name=f"text {number}"
+            )
+            for number, prompt in enumerate(texts)
+        ]
+        return self._prompt_batch(prompts, pictures, padding_side)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        tokenize: bool = False,
+        return_dict: bool = True,
+        padding_side: str = "left",
+        **kwargs: Any,
+    ) -> Any:
+        """Messages in this model's template; with `tokenize` the model's inputs, pictures included.
+
+        A message is {"role", "content"}; its content a string, or a list of {"type": "text", "text"} and
+        {"type": "image", "image": a PIL image, a path or bytes}. One conversation or a list of them.
+        """
+        conversations = [conversation] if isinstance(conversation[0], Mapping) else conversation
+        rendered, pictures, counts = [], [], []
+        for number, messages in enumerate(conversations):
+            turns, found = _turns(messages)
+            name = f"conversation {number}"
+            rendered.append(
+                render(
+                    turns,
+                    self.template,
+                    tokenizer=self.tokenizer,
+                    add_generation_prompt=add_generation_prompt,
+                    name=name,
+                )
+            )
+            pictures += found
+            counts.append(len(found))
+        if not tokenize:
+            texts = ["".join(part.text for part in parts) for parts in rendered]
+            return texts[0] if conversations is not conversation else texts
+        prompts = [
+            self.tokenize(parts, num_images=count, max_length=None, name=f"conversation {number}")
+            for number, (parts, count) in enumerate(zip(rendered, counts, strict=True))
+        ]
+        batch = self._prompt_batch(prompts, pictures, padding_side)
+        return batch if return_dict else batch["input_ids"]
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> str:
+        """The tokenizer's `decode`, without `<align>` and `<image>`."""
+        ids = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
+        ours = (self.align_token_id, self.image_token_id)
+        return self.tokenizer.decode([token for token in ids if token not in ours], **kwargs)
+
+    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
+        return [self.decode(sequence, **kwargs) for sequence in sequences]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "gate_mask", "pixel_values"]
+
+    def _prompt_batch(self, prompts: list[Tokenized], images: list[ImageInput], padding_side: str) -> BatchFeature:
+        def pad(rows: list[Tensor], value: Any) -> Tensor:
+            return torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side)
+
+        data = {
+            "input_ids": pad([prompt.input_ids for prompt in prompts], self.token_ids.pad),
+            "attention_mask": pad([torch.ones_like(prompt.input_ids) for prompt in prompts], 0),
+            "gate_mask": pad([prompt.gate_mask for prompt in prompts], False),
+        }
+        if images:
+            data["pixel_values"] = self.image_processor.pixels(images)
+        return BatchFeature(data)
+
+
+def _listed(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+    return [images] if isinstance(images, Image.Image | str | Path | bytes) else list(images)
+
+
+def _raw_parts(prompt: str) -> list[Part]:
+    """A rendered prompt split at its image marks."""
+    parts: list[Part] = []
+    for number, piece in enumerate(prompt.split(IMAGE_MARK)):
+        if number:
+            parts.append(Part(IMAGE_MARK, "image"))
+        if piece:
+            parts.append(Part(piece, "text"))
+    return parts
+
+
+def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Turn], list[ImageInput]]:
+    """A conversation's turns, and its pictures in order."""
+    turns: list[Turn] = []
+    pictures: list[ImageInput] = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        text = ""
+        for item in content:
+            kind = item.get("type")
+            if kind == "text":
+                if IMAGE_MARK in item["text"]:
+                    raise ValueError(f"a message's text holds {IMAGE_MARK}; give pictures as items of type 'image'")
+                text += item["text"]
+            elif kind == "image":
+                picture = next((item[key] for key in ("image", "path") if key in item), None)
+                if picture is None:
+                    raise ValueError(
+                        f"an image item has {sorted(item)}; it needs 'image': a PIL image, a path or bytes"
+                    )
+                pictures.append(picture)
+                text += IMAGE_MARK + "\n"
+            else:
+                raise ValueError(f"a message's item has type {kind!r}; it must be 'text' or 'image'")
+        turns.append(Turn(message["role"], text.rstrip("\n") if text.endswith(IMAGE_MARK + "\n") else text))
+    return turns, pictures
+
+
+def _normalisation(vision: str | Path) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation in the tower folder's preprocessor_config.json; CLIP's where it has none."""
+    path = Path(vision) / "preprocessor_config.json"
+    if not path.is_file():
+        return OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+    config, _ = ImageProcessingMixin.get_image_processor_dict(vision)
+    return config["image_mean"], config["image_std"]

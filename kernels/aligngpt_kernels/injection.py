@@ -1,0 +1,212 @@
+"""inject and project_and_inject: the LLM's input rows, put together from text, image and alignment rows in one pass.
+
+    out[t] = embed_scale * embed_weight[ids[t]]   where plan.source[t] == -1
+             image_rows.view(M * P, D)[source]    where source >= 0
+             align_rows[-2 - source]              where source <= -2
+             NaN                                  where the row asked for does not exist
+
+M images of P rows, S samples, width D, T tokens. Image and align rows already live in the LLM's space and are not
+scaled. The sequence layout is AlignGPT's (arXiv 2405.14129): `[BOS, H, text, image rows, text]`.
+
+The public implementation concatenates each sample, pads each, stacks them, and concatenates again to insert H: every
+row is copied four times. Here it is written once, to the place that the plan names.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dispatch import Impl, check_floats, check_ints, check_shape, use_triton
+from .gate import sample_dots
+from .plan import InjectionPlan, check_plan, non_image_positions
+from .projector import fused_projector_reference
+
+
+def inject_reference(
+    token_ids: Tensor,
+    embed_weight: Tensor,
+    image_rows: Tensor,
+    align_rows: Tensor,
+    *,
+    plan: InjectionPlan,
+    embed_scale: float = 1.0,
+) -> Tensor:
+    """Index arithmetic, no loop over samples; arguments as `inject`."""
+    out = _Inject.apply(token_ids.flatten(), embed_weight, image_rows.flatten(0, 1), align_rows, plan, embed_scale)
+    return out.view(*token_ids.shape, embed_weight.shape[1])
+
+
+class _Inject(torch.autograd.Function):
+    """Autograd of indexed writes would clone the gradient at each write; its backward is three gathers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ids: Tensor,
+        embed_weight: Tensor,
+        image_rows: Tensor,
+        align_rows: Tensor,
+        plan: InjectionPlan,
+        embed_scale: float,
+    ) -> Tensor:
+        num_image_rows, num_samples = plan.image_place.shape[0], plan.align_place.shape[0]
+        num_image_rows = min(num_image_rows, image_rows.shape[0])
+        num_samples = min(num_samples, align_rows.shape[0])
+        complete = (num_image_rows, num_samples) == (plan.image_place.shape[0], plan.align_place.shape[0])
+        ctx.save_for_backward(ids, *plan[:4])
+        ctx.exact, ctx.embed_scale = plan.exact, embed_scale
+        ctx.sizes = embed_weight.shape[0], image_rows.shape[0], align_rows.shape[0]
+
+        if not (plan.exact and complete):
+            rows = _text_rows(ids, plan.source, embed_weight, embed_scale)
+            rows = _overlay(rows, align_rows[:num_samples], -2 - plan.source)
+            rows = _overlay(rows, image_rows[:num_image_rows], plan.source)
+            missing = (plan.source >= num_image_rows) | (plan.source < -1 - num_samples)
+            return rows.masked_fill_(missing[:, None], torch.nan)
+
+        at = non_image_positions(plan)
+        source = plan.source[at]
+        rows = _text_rows(ids[at], source, embed_weight, embed_scale)
+        rows = _overlay(rows, align_rows[:num_samples], -2 - source)
+        out = embed_weight.new_empty(ids.shape[0], embed_weight.shape[1])
+        _write(out, plan.image_place.long(), image_rows[:num_image_rows])
+        _write(out, at, rows)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        ids, source, token_sample, image_place, align_place = ctx.saved_tensors
+        plan = InjectionPlan(source, token_sample, image_place, align_place, ctx.exact)
+        vocabulary, num_image_rows, num_align_rows = ctx.sizes
+        for_embed, for_image, for_align = ctx.needs_input_grad[1:4]
+        grad_embed = None
+        if for_embed:
+            at = non_image_positions(plan)
+            text = plan.source[at] == -1
+            rows = torch.where(text[:, None], grad[at] * ctx.embed_scale, 0)
+            grad_embed = torch.ops.aten.embedding_dense_backward(
+                rows, torch.where(text, ids[at], 0), vocabulary, -1, False
+            )
+        grad_image = _rows_at(grad, plan.image_place, num_image_rows) if for_image else None
+        grad_align = _rows_at(grad, plan.align_place, num_align_rows) if for_align else None
+        return None, grad_embed, grad_image, grad_align, None, None
+
+
+def _text_rows(ids: Tensor, source: Tensor, embed_weight: Tensor, embed_scale: float) -> Tensor:
+    """Rows of the table for text; other tokens, whose ids may lie outside it, read row 0 and are overwritten."""
+    rows = F.embedding(torch.where(source == -1, ids, 0), embed_weight)
+    return rows if embed_scale == 1.0 else rows.mul_(embed_scale)
+
+
+def _overlay(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    """`rows` with `table[index]` wherever the index lies in the table."""
+    if table.shape[0] == 0:
+        return rows
+    inside = (index >= 0) & (index < table.shape[0])
+    return torch.where(inside[:, None], table[index.clamp(0, table.shape[0] - 1)], rows)
+
+
+def _rows_at(grad: Tensor, place: Tensor, num_rows: int) -> Tensor:
+    """The gradient of `num_rows` rows written at `place`; zeros for rows that were not."""
+    place = place[:num_rows]
+    rows = grad[place.clamp(min=0)].masked_fill_((place < 0)[:, None], 0)
+    return rows if place.shape[0] == num_rows else F.pad(rows, (0, 0, 0, num_rows - place.shape[0]))
+
+
+def _write(out: Tensor, at: Tensor, rows: Tensor) -> None:
+    """`out[at] = rows`, moved as 64-bit words where both can be read so: twice as fast for 16-bit elements."""
+    rows = rows.contiguous()
+    if all((t.storage_offset() | t.shape[1]) * t.element_size() % 8 == 0 for t in (out, rows)):
+        out, rows = out.view(torch.int64), rows.view(torch.int64)
+    out.index_copy_(0, at, rows)
+
+
+def inject(
+    token_ids: Tensor,  # (B, L) padded or (T,) packed, the ids the plan was made from
+    embed_weight: Tensor,  # (V, D)
+    image_rows: Tensor,  # (M, P, D), after the projector
+    align_rows: Tensor,  # (S, D)
+    *,
+    plan: InjectionPlan,
+    embed_scale: float = 1.0,  # what the embedding module multiplies its rows by
+    impl: Impl = "auto",
+) -> Tensor:  # (B, L, D) or (T, D), dtype of embed_weight
+    """The LLM's input rows, by the table at the top of this file.
+
+    Ids of image and align tokens are never read from the embedding table. A row that the plan asks for and the
+    arguments lack becomes NaN; a row that the plan does not place gets a zero gradient. Gradients go to
+    `embed_weight`, `image_rows` and `align_rows`. Raises ValueError for widths, dtypes or token counts that differ, or
+    a DTensor; KernelUnavailable for `impl="triton"` where Triton cannot run.
+    """
+    check_ints("inject", token_ids=token_ids)
+    check_floats("inject", embed_weight=embed_weight, image_rows=image_rows, align_rows=align_rows)
+    check_shape("embed_weight", embed_weight, ("V", "D"))
+    check_shape("image_rows", image_rows, ("images", "rows", embed_weight.shape[1]))
+    check_shape("align_rows", align_rows, ("samples", embed_weight.shape[1]))
+    check_plan(token_ids, plan)
+    use_triton("inject", impl, embed_weight.device)
+    return inject_reference(token_ids, embed_weight, image_rows, align_rows, plan=plan, embed_scale=embed_scale)
+
+
+def project_and_inject_reference(
+    features: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    token_ids: Tensor,
+    embed_weight: Tensor,
+    text_mean: Tensor,
+    *,
+    plan: InjectionPlan,
+    embed_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The parts one after another; arguments as `project_and_inject`."""
+    image_rows = fused_projector_reference(features, w1, b1, w2, b2)
+    unset = embed_weight.new_zeros(plan.align_place.shape[0], embed_weight.shape[1])
+    embeddings = inject_reference(token_ids, embed_weight, image_rows, unset, plan=plan, embed_scale=embed_scale)
+    image_sample = plan.image_sample(features.shape[1])[: features.shape[0]]
+    dots = sample_dots(image_rows[: image_sample.shape[0]], text_mean, image_sample)
+    return embeddings, dots
+
+
+def project_and_inject(
+    features: Tensor,  # (M, P, in_dim), from the vision tower
+    w1: Tensor,  # (hidden, in_dim)
+    b1: Tensor,  # (hidden,)
+    w2: Tensor,  # (D, hidden)
+    b2: Tensor,  # (D,)
+    token_ids: Tensor,  # (B, L) or (T,)
+    embed_weight: Tensor,  # (V, D)
+    text_mean: Tensor,  # (S, D)
+    *,
+    plan: InjectionPlan,
+    embed_scale: float = 1.0,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:  # (..., D), (S, P) float32
+    """`fused_projector` written straight to the rows' places, and the dots the gate needs, in one stage.
+
+    The align rows of the embeddings are left zero (H follows from the dots); `dots[s]` is the mean over the sample's
+    images of `⟨I_p, text_mean[s]⟩`. Gradients go to every floating argument. Raises ValueError for shapes or dtypes
+    that do not fit, or a DTensor; KernelUnavailable for `impl="triton"` where Triton cannot run.
+    """
+    check_ints("project_and_inject", token_ids=token_ids)
+    check_floats("project_and_inject", features=features, w1=w1, b1=b1, w2=w2, b2=b2, embed_weight=embed_weight)
+    check_floats("project_and_inject", text_mean=text_mean)
+    check_shape("features", features, ("images", "rows", "in_dim"))
+    check_shape("w1", w1, ("hidden", features.shape[2]))
+    check_shape("b1", b1, (w1.shape[0],))
+    check_shape("w2", w2, ("D", w1.shape[0]))
+    check_shape("b2", b2, (w2.shape[0],))
+    check_shape("embed_weight", embed_weight, ("V", w2.shape[0]))
+    check_shape("text_mean", text_mean, (plan.align_place.shape[0], w2.shape[0]))
+    check_plan(token_ids, plan)
+    use_triton("project_and_inject", impl, features.device)
+    return project_and_inject_reference(
+        features, w1, b1, w2, b2, token_ids, embed_weight, text_mean, plan=plan, embed_scale=embed_scale
+    )

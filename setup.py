@@ -1,0 +1,74 @@
+"""Package metadata. The base install is what the fused ops need; all that trains or serves is an extra."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "aligngpt/__init__.py").read_text(encoding="utf-8"))
+assert VERSION, "aligngpt/__init__.py states no __version__"
+
+TRANSFORMERS = "transformers>=5.16.1,<6"  # the LLM, the CLIP tower, generate, Auto classes
+TRAIN = [
+    TRANSFORMERS,
+    "accelerate>=1.1",  # transformers needs it for device_map and for building a model without its weights
+    "safetensors>=0.5",  # exchange format of weights, read a slice at a time
+    "sentencepiece>=0.2",  # Vicuna's and Llama-2's tokenizer.model
+    "protobuf>=4",  # transformers needs it to convert tokenizer.model
+    "pillow>=10",  # image decoding and resizing, the reference of every back-end
+    "tqdm>=4.66",  # progress bars
+    "tyro>=0.9",  # every field of a training config on the command line
+]
+
+setup(
+    name="aligngpt",
+    version=VERSION.group(1),
+    description="AlignGPT with fused kernels: alignment-level vision-language models, trained and served",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    package_dir={
+        "aligngpt_kernels": "kernels/aligngpt_kernels",
+        "aligngpt": "aligngpt",
+        "training": "training",
+    },
+    packages=["aligngpt_kernels", "aligngpt", "aligngpt.data", "training"],
+    package_data={"aligngpt_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        'triton>=3.6; platform_system == "Linux"',  # the fused kernels; also compiles them ahead of time without a GPU
+        "numpy>=1.26",  # torch needs it to exchange arrays; image arrays and files are NumPy's
+    ],
+    extras_require={
+        "train": TRAIN,
+        "dali": ["nvidia-dali-cuda130>=2.4"],  # JPEG decoding on the GPU, CUDA 13
+        "dali-cu12": ["nvidia-dali-cuda120>=2.4"],  # the same for CUDA 12
+        "flash": [
+            "flash-attn>=2.8"
+        ],  # a peer in benchmarks and an attention back-end; builds against the installed torch
+        "xformers": ["xformers>=0.0.35"],  # a peer in benchmarks and an attention back-end
+        "eval": TRAIN,
+        "demo": TRAIN,
+        "dev": [
+            *TRAIN,
+            "pytest>=8",  # runs tests/ and benchmarks/
+            "pytest-benchmark>=5",  # times benchmarks/
+            "hypothesis>=6",  # property tests
+            "ruff==0.17.6",  # formatter and linter, pinned so that a check means the same everywhere
+            "mypy==2.4.1",  # type checker, pinned likewise
+            "setuptools>=77",  # builds the wheel that tests/test_layers.py installs
+            "gguf>=0.10",  # reads SmolLM2 from its PyPI package in docs/real-run.md
+        ],
+    },
+    entry_points={"console_scripts": ["aligngpt = aligngpt.cli:main"]},
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,157 @@
+"""Folders in and out: the public layout, `.bin` shards, parts, and what is refused."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration
+from aligngpt.checkpoint import check_names, stored_parts, stored_weights, write_weights
+
+
+@pytest.fixture
+def folder(tmp_path, public_folder):
+    """A writable copy of the public folder, and its weights."""
+    (tmp_path / "config.json").write_bytes((public_folder / "config.json").read_bytes())
+    return tmp_path, load_file(public_folder / "model.safetensors")
+
+
+def load(path, tower_config):
+    return AlignGPTForConditionalGeneration.from_pretrained(path, vision_config=tower_config)
+
+
+def test_bin_shards_read_as_safetensors_do(folder, public_folder, tower_config):
+    path, weights = folder
+    names = sorted(weights)
+    halves = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    for file, part in halves.items():
+        torch.save({name: weights[name] for name in part}, path / file)
+    weight_map = {name: file for file, part in halves.items() for name in part}
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    ours, theirs = load(path, tower_config).state_dict(), load(public_folder, tower_config).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert torch.equal(ours["model.align_table"], weights["align_indicators.indicator_embs"])
+
+
+def test_a_public_folder_has_its_own_config(public_folder, tower_config):
+    config = load(public_folder, tower_config).config
+    assert (config.gate_text, config.image_aspect_ratio, config.image_seq_length) == ("all", "pad", 16)
+    assert config.text_config.rms_norm_eps == 1e-5
+    with pytest.raises(ValueError, match="mm_vision_tower is 'clip', neither a local folder nor one of"):
+        AlignGPTConfig.from_pretrained(public_folder)
+
+
+def test_the_number_of_levels_comes_from_the_weights(folder, tower_config):
+    path, weights = folder
+    weights["align_indicators.indicator_embs"] = torch.randn(4, 64)
+    for name in ("weight", "bias"):
+        weights[f"gated_weight_layer.mlp.2.{name}"] = weights[f"gated_weight_layer.mlp.2.{name}"][:3].clone()
+    save_file(weights, path / "model.safetensors")
+    assert load(path, tower_config).config.num_align_levels == 4
+
+
+@pytest.mark.parametrize(
+    ("lost", "added", "message"),
+    [
+        ("align_indicators.indicator_embs", None, "1 missing: model.align_table"),
+        ("mm_projector.0.bias", None, "1 missing: model.multi_modal_projector.linear_1.bias"),
+        (None, "model.layers.9.mlp.up_proj.weight", "1 left over: model.language_model.layers.9.mlp.up_proj.weight"),
+        (None, "lora.A", "unknown name: lora.A"),
+    ],
+)
+def test_every_key_is_accounted_for(folder, tower_config, lost, added, message):
+    path, weights = folder
+    weights.pop(lost, None)
+    if added:
+        weights[added] = torch.zeros(2)
+    save_file(weights, path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load(path, tower_config)
+
+
+def test_our_own_folder_must_be_whole_too(make_llm, make_tower, tmp_path):
+    AlignGPTForConditionalGeneration.from_parts(make_llm(), make_tower()).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.align_table"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing: model\.align_table"):
+        AlignGPTForConditionalGeneration.from_pretrained(tmp_path)
+
+
+class Dropper:
+    """Unpickling it writes a file: what a loader that unpickles would run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_pickle_is_not_run(folder, tower_config):
+    """The public loaders unpickle whatever the folder holds."""
+    path, _ = folder
+    trace = path / "ran"
+    (path / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": Dropper(trace)}))
+    with pytest.raises(ValueError, match="is not a file of plain tensors"):
+        load(path, tower_config)
+    assert not trace.exists()
+
+
+def test_an_index_cannot_point_elsewhere(folder):
+    path, _ = folder
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"lm_head.weight": "../x.safetensors"}})
+    )
+    with pytest.raises(ValueError, match="points outside its folder"):
+        stored_weights(path)
+
+
+def test_a_folder_that_is_none_is_named(tmp_path):
+    with pytest.raises(ValueError, match="is not a model folder: it has no config"):
+        stored_weights(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        stored_weights(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no weights"):
+        stored_weights(tmp_path)
+
+
+def test_parts_give_every_weight_but_the_fresh_ones(make_llm, make_tower, tmp_path):
+    llm, tower = make_llm("phi"), make_tower("siglip")
+    llm.save_pretrained(tmp_path / "llm")
+    tower.save_pretrained(tmp_path / "tower")
+    stored = stored_parts(tmp_path / "llm", tmp_path / "tower")
+    model = AlignGPTForConditionalGeneration.from_parts(tmp_path / "llm", tmp_path / "tower")
+    weights = model.state_dict()
+    fresh = {name for name in weights if "align" in name or "projector" in name}
+    check_names(stored, weights.keys() - fresh, source="parts")
+    assert all(torch.equal(stored[name].read(), weights[name]) for name in weights.keys() - fresh)
+
+
+def test_a_slice_is_what_the_whole_tensor_holds_there(public_folder, folder):
+    path, weights = folder
+    torch.save(weights, path / "pytorch_model.bin")
+    for source in (public_folder, path):
+        tensor = stored_weights(source)["lm_head.weight"]
+        assert (tensor.shape, tensor.dtype) == ((320, 64), torch.float32)
+        assert torch.equal(tensor.read(100, 103), weights["lm_head.weight"][100:103])
+        assert tensor.read(320, 320).shape == (0, 64)
+
+
+def test_shards_stay_under_their_size_and_join_again(tmp_path, make_llm, make_tower):
+    model = AlignGPTForConditionalGeneration.from_parts(make_llm(), make_tower())
+    limit = 100_000
+    entries = [(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in model.state_dict().items()]
+    write_weights(tmp_path, entries, max_shard_bytes=limit)
+    model.config.save_pretrained(tmp_path)
+    shards = list(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    largest = max(t.nbytes for t in model.state_dict().values())
+    assert all(shard.stat().st_size <= max(limit, largest) + 10_000 for shard in shards)
+    again = AlignGPTForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())

@@ -1,0 +1,404 @@
+"""The model against the oracle, against a naive restatement of SPEC's maths, and on every backbone."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aligngpt import AlignGPTForConditionalGeneration
+from aligngpt.batch import Example, collate
+from aligngpt.checkpoint import PUBLIC_NAMES, _renamed
+from aligngpt.text import TokenIds, Tokenized
+
+BACKBONES = [
+    ("llama", "clip"),
+    ("qwen2", "siglip"),  # no BOS of its own, tied embeddings below
+    ("gemma", "clip"),  # scales embeddings inside the module, ties them
+    ("mistral", "siglip"),
+    ("phi", "clip"),  # a head with a bias
+]
+TOLERANCE = 1e-5  # relative to the largest entry: SPEC's parity with the oracle
+
+
+def close(ours: torch.Tensor, theirs: object, tolerance: float = TOLERANCE) -> None:
+    theirs = torch.as_tensor(theirs)
+    assert ours.shape == theirs.shape
+    scale = theirs.abs().max().clamp(min=1e-8)
+    error = ((ours - theirs).abs().max() / scale).item()
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+@pytest.fixture(scope="module")
+def oracle_model(public_folder, tower_config):
+    return AlignGPTForConditionalGeneration.from_pretrained(public_folder, vision_config=tower_config)
+
+
+@pytest.fixture
+def build(make_llm, make_tower):
+    def make(llm: str = "llama", tower: str = "clip", llm_fields: dict | None = None, **align):
+        return AlignGPTForConditionalGeneration.from_parts(
+            make_llm(llm, **(llm_fields or {})), make_tower(tower), **align
+        )
+
+    return make
+
+
+def sample(
+    model, prompt: int = 5, answer: int = 4, images: int = 1, *, level: int | None = None, seed: int = 0
+) -> Example:
+    """BOS, <align>, text with the images in its middle, answer."""
+    config = model.config
+    rng = torch.Generator().manual_seed(seed)
+    words = torch.randint(3, config.text_config.vocab_size, (prompt + answer,), generator=rng).tolist()
+    image = [config.image_token_id] * (config.image_seq_length * images)
+    head = [1] + ([config.align_token_id] if images and config.align_mode != "none" else [])
+    ids = head + words[: prompt // 2] + image + words[prompt // 2 :]
+    labels = [-100] * (len(ids) - answer) + ids[len(ids) - answer :]
+    gate = [0] + [int(token < config.text_config.vocab_size) for token in ids[1 : len(ids) - answer]] + [0] * answer
+    size = config.vision_config.image_size
+    pixels = torch.randn(images, 3, size, size, generator=rng)
+    text = Tokenized(torch.tensor(ids), torch.tensor(labels), torch.tensor(gate, dtype=torch.bool), images)
+    return Example(f"sample-{seed}", text, pixels, level)
+
+
+def batch_of(model, *examples: Example):
+    config = model.config
+    ids = TokenIds(config.image_token_id, config.align_token_id, 0)
+    size = config.vision_config.image_size
+    return collate(examples, token_ids=ids, rows_per_image=config.image_seq_length, image_size=size)
+
+
+def naive_embeds(model, example: Example) -> torch.Tensor:
+    """One sample's input to the LLM, piece by piece from SPEC §1. (L, D)"""
+    inner, config = model.model, model.config
+    ids = example.text.input_ids
+    embedding = model.get_input_embeddings()
+    is_text = ids < config.text_config.vocab_size
+    out = torch.empty(len(ids), config.text_config.hidden_size)
+    out[is_text] = embedding(ids[is_text])
+    if example.pixel_values.shape[0] == 0:
+        return out
+    states = inner.vision_tower(example.pixel_values, output_hidden_states=True).hidden_states[-2]
+    features = states[:, 1:] if config.vision_feature_select_strategy == "default" else states
+    image_rows = inner.multi_modal_projector(features)
+    out[ids == config.image_token_id] = image_rows.flatten(0, 1)
+    table = inner.align_table
+    if config.align_mode == "none":
+        return out
+    if example.level is not None:
+        row = table[example.level]
+    else:
+        text = embedding(ids[example.text.gate_mask])
+        mean = text.sum(0) / (len(text) + 1e-8)
+        dots = (image_rows @ mean).mean(0)
+        gate = inner.align_gate
+        alpha = gate.linear_2(F.gelu(gate.linear_1(dots))).softmax(-1)
+        row = {
+            "adaptive": alpha @ table[:-1] + table[-1],
+            "local": alpha @ table[:-1],
+            "global": table[-1],
+            "average": table[:-1].mean(0) + table[-1],
+        }[config.align_mode]
+    out[ids == config.align_token_id] = row
+    return out
+
+
+# ---- the oracle ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pt_batch", "ft_single_mid", "ft_single_first", "ft_text_only", "inf_prefill"])
+def test_matches_the_public_implementation(oracle_model, load_case, name):
+    case = load_case(name)
+    arrays, inputs = case.arrays, dict(case.inputs)
+    if "align_ids" in arrays:
+        inputs["align_levels"] = torch.from_numpy(arrays["align_ids"])
+    if "labels" not in arrays:
+        del inputs["labels"]
+    model = oracle_model.eval()
+    attended = torch.from_numpy(arrays["out_attention_mask"]).bool()
+    embeds, alpha = model.model.embed(**{k: v for k, v in inputs.items() if k != "labels"})
+    close(embeds[attended], arrays["out_inputs_embeds"][attended.numpy()])
+    if "out_gate_alpha" in arrays:
+        close(alpha, arrays["out_gate_alpha"])
+        close(embeds[:, 1], arrays["out_h_align"])
+    out = model(**inputs)
+    if "out_logits" in arrays:
+        close(out.logits[attended], arrays["out_logits"][attended.numpy()])
+    if "out_logits_last16" in arrays:
+        close(out.logits[:, -16:], arrays["out_logits_last16"])
+    if "out_loss" in arrays:
+        close(out.loss, arrays["out_loss"])
+
+
+@pytest.mark.parametrize("name", ["pt_batch", "ft_single_mid", "ft_single_first", "ft_text_only"])
+def test_gradients_match_the_public_implementation(oracle_model, load_case, name):
+    case = load_case(name)
+    arrays, inputs = case.arrays, dict(case.inputs)
+    if "align_ids" in arrays:
+        inputs["align_levels"] = torch.from_numpy(arrays["align_ids"])
+    model = oracle_model.train()
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    close(loss.detach(), arrays["out_loss"])
+    parameters = dict(model.named_parameters())
+    rename = lambda names: list(_renamed({n: n for n in names}, PUBLIC_NAMES, name))  # noqa: E731
+    full = [key for key in arrays if key.startswith("grad.")]
+    for key, ours in zip(full, rename([key[5:] for key in full]), strict=True):
+        close(parameters[ours].grad, arrays[key])
+    for ours, norm in zip(rename(arrays["grad_norm_names"].tolist()), arrays["grad_norms"], strict=True):
+        assert math.isclose(parameters[ours].grad.norm().item(), norm, rel_tol=TOLERANCE, abs_tol=1e-9), ours
+    assert all(p.grad is None for p in model.model.vision_tower.parameters())
+
+
+def test_every_level_matches_the_public_implementation(oracle_model, load_case):
+    case = load_case("pt_all_levels")
+    for level, (loss, logits) in enumerate(zip(case.arrays["out_losses"], case.arrays["out_last_logits"], strict=True)):
+        out = oracle_model.eval()(**case.inputs, align_levels=torch.tensor([level]))
+        assert math.isclose(out.loss.item(), loss, rel_tol=TOLERANCE)
+        close(out.logits[0, -1], logits)
+
+
+# ---- modes, backbones, batches -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["adaptive", "local", "global", "average", "none"])
+def test_align_mode_is_one_config_value(build, mode):
+    model = build(align_mode=mode, num_align_levels=5)
+    example = sample(model)
+    batch = batch_of(model, example)
+    out = model(**batch.model_inputs())
+    logits = model.lm_head(
+        model.model.language_model(inputs_embeds=naive_embeds(model, example)[None]).last_hidden_state
+    )
+    close(out.logits, logits)
+    assert (out.align_weights is None) == (mode == "none")
+
+
+def test_a_level_wins_over_the_mode(build):
+    model = build(align_mode="average")
+    levels = [model(**batch_of(model, sample(model, level=level)).model_inputs()).logits for level in (0, 7)]
+    example = sample(model, level=7)
+    embeds = naive_embeds(model, example)[None]
+    close(levels[1], model.lm_head(model.model.language_model(inputs_embeds=embeds).last_hidden_state))
+    assert not torch.allclose(*levels)
+
+
+@pytest.mark.parametrize(("llm", "tower"), BACKBONES)
+def test_every_backbone_trains_saves_and_answers(build, tmp_path, llm, tower):
+    model = build(llm, tower, {"tie_word_embeddings": llm in ("qwen2", "gemma")})
+    examples = [sample(model, images=n, seed=n) for n in (1, 0, 2)]
+    batch = batch_of(model, *examples)
+    out = model(**batch.model_inputs())
+    nll, count = torch.zeros(()), 0
+    for row, example in enumerate(examples):
+        hidden = model.model.language_model(inputs_embeds=naive_embeds(model, example)[None]).last_hidden_state
+        logits = model.lm_head(hidden)[0]
+        close(out.logits[row, : len(logits)], logits)
+        nll = nll + F.cross_entropy(logits[:-1], example.text.labels[1:], reduction="sum")
+        count += int((example.text.labels[1:] != -100).sum())
+    close(out.loss, nll / count)
+
+    trained = model.train()(**batch.model_inputs())
+    assert trained.logits is None
+    close(trained.loss.detach(), nll.detach() / count)
+    trained.loss.backward()
+    without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert not without, f"no gradient: {without}"
+
+    model.eval().save_pretrained(tmp_path)
+    again = AlignGPTForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    close(again(**batch.model_inputs()).logits, out.logits.detach(), 0.0)
+
+    prompt = batch_of(model, sample(model, answer=0))
+    tokens = again.generate(
+        input_ids=prompt.input_ids, pixel_values=prompt.pixel_values, max_new_tokens=3, do_sample=False
+    )
+    assert tokens.shape[1] == prompt.input_ids.shape[1] + 3
+    assert tokens.max() < model.config.text_config.vocab_size
+
+
+def test_samples_keep_order_and_content_in_a_mixed_batch(build):
+    """The public code puts image samples first and cuts a text-only row at the longest image row."""
+    model = build()
+    examples = [
+        sample(model, 30, 20, images=0, seed=1),
+        sample(model, 4, 2, seed=2),
+        sample(model, 3, 3, images=0, seed=3),
+    ]
+    together = model(**batch_of(model, *examples).model_inputs()).logits
+    for row, example in enumerate(examples):
+        alone = model(**batch_of(model, example).model_inputs()).logits[0]
+        close(together[row, : len(alone)], alone)
+
+
+def test_left_padding_changes_nothing(build):
+    """The public code puts the alignment token after the first padding token."""
+    model = build()
+    example = sample(model)
+    inputs = batch_of(model, example).model_inputs()
+    right = model(**inputs).logits
+    pad = 3
+    left = model(
+        input_ids=F.pad(inputs["input_ids"], (pad, 0)),
+        attention_mask=F.pad(inputs["attention_mask"], (pad, 0)),
+        gate_mask=F.pad(inputs["gate_mask"], (pad, 0)),
+        position_ids=F.pad(torch.arange(right.shape[1]), (pad, 0))[None],
+        pixel_values=inputs["pixel_values"],
+    ).logits
+    close(left[:, pad:], right)
+
+
+def test_without_a_gate_mask_all_attended_text_but_the_first_token_enters(build):
+    model = build()
+    inputs = batch_of(model, sample(model)).model_inputs()
+    mask = inputs["input_ids"] < model.config.text_config.vocab_size
+    mask[:, 0] = False
+    given = model(**(inputs | {"gate_mask": mask})).align_weights
+    close(model(**(inputs | {"gate_mask": None})).align_weights, given)
+    padded = {name: F.pad(inputs[name], (2, 3)) for name in ("input_ids", "attention_mask")}
+    close(model(**padded, pixel_values=inputs["pixel_values"]).align_weights, given)
+
+
+def test_several_images_of_a_sample_share_one_alignment_token(build):
+    """The public gate crashes on them. The mean of equal images' dots is the image's dots."""
+    model = build()
+    one, two = sample(model, images=1), sample(model, images=2)
+    twice = Example("twice", two.text, one.pixel_values.repeat(2, 1, 1, 1))
+    weights = [model(**batch_of(model, example).model_inputs()).align_weights for example in (one, twice)]
+    close(weights[1], weights[0])
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_the_gate_takes_its_rows_from_the_tower(build, tower):
+    """The public gate is tied to 576 patches in its source."""
+    model = build(tower=tower)
+    assert model.model.align_gate.linear_1.in_features == {"clip": 16, "siglip": 4}[tower]
+
+
+def test_a_text_only_batch_reaches_every_trained_weight(build):
+    model = build().train()
+    model.model.vision_tower.requires_grad_(False)
+    model(**batch_of(model, sample(model, images=0)).model_inputs()).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            if "align" in name or "projector" in name:
+                assert parameter.grad.abs().max() == 0, name
+
+
+def test_a_batch_without_supervision_has_loss_zero_and_gradients_zero(build):
+    model = build().train()
+    inputs = batch_of(model, sample(model)).model_inputs() | {"rows": None}
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    loss = model(**inputs).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad.abs().max() == 0 for p in model.parameters() if p.grad is not None)
+
+
+def test_num_items_in_batch_divides_the_sum(build):
+    model = build()
+    inputs = batch_of(model, sample(model, answer=4)).model_inputs()
+    close(model(**inputs, num_items_in_batch=16).loss * 4, model(**inputs).loss.detach())
+
+
+def test_fresh_weights_follow_the_public_initialisation(build):
+    inner = build("llama", "clip", {"hidden_size": 256}).model
+    for linear in (inner.multi_modal_projector.linear_2, inner.align_gate.linear_2):
+        bound = 1 / math.sqrt(linear.in_features)
+        assert 0.9 * bound < linear.weight.abs().max() <= bound
+        assert 0 < linear.bias.abs().max() <= bound
+    bound = math.sqrt(6 / (8 + 256))
+    assert 0.95 * bound < inner.align_table.abs().max() <= bound
+    assert abs(inner.align_table.std().item() - bound / math.sqrt(3)) < 0.05 * bound
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses what makes a host wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_building_the_sequence_never_syncs(build):
+    """The public code loops over samples in Python and syncs several times in each."""
+    model = build()
+    batch = batch_of(model, sample(model, images=2), sample(model, images=0))
+    plan, ids = batch.plan, batch.input_ids
+    with NoSync():
+        model.model.embed(ids, batch.pixel_values, gate_mask=batch.gate_mask, plan=plan)
+
+
+def test_a_wrapped_weight_takes_the_modules_path(build):
+    """A hook, as adapters and device maps set, must be honoured: the module is called."""
+    model = build("gemma")
+    inputs = batch_of(model, sample(model)).model_inputs()
+    plain = model(**inputs)
+    seen = []
+    for module in (model.get_input_embeddings(), model.lm_head, model.model.multi_modal_projector.linear_1):
+        module.register_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    hooked = model(**inputs)
+    assert len(seen) >= 3
+    close(hooked.logits, plain.logits.detach())
+    close(hooked.loss, plain.loss.detach())
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------
+
+
+def test_counts_that_do_not_match_are_refused(build):
+    model = build()
+    inputs = batch_of(model, sample(model)).model_inputs()
+    inputs["plan"] = None
+    with pytest.raises(ValueError, match="16 image tokens; pixel_values holds 2 images"):
+        model(**(inputs | {"pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}))
+    with pytest.raises(ValueError, match="pixel_values is missing"):
+        model(**(inputs | {"pixel_values": None}))
+    ids = inputs["input_ids"].clone()
+    ids[0, 1] = 5
+    with pytest.raises(ValueError, match="0 <align> tokens; with align_mode 'adaptive' it needs 1"):
+        model(**(inputs | {"input_ids": ids}))
+    with pytest.raises(ValueError, match=r"align_levels has shape \(2,\); 1 samples have an image"):
+        model(**inputs, align_levels=torch.tensor([1, 2])) if inputs.pop("align_levels", None) is None else None
+
+
+def test_an_image_of_another_size_is_refused(make_llm):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    tower = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+        )
+    )
+    with pytest.raises(ValueError, match="vision has model_type 'llama'"):
+        AlignGPTForConditionalGeneration.from_parts(make_llm(), make_llm())
+    model = AlignGPTForConditionalGeneration.from_parts(make_llm(), tower)
+    inputs = batch_of(model, sample(model)).model_inputs()
+    with pytest.raises(ValueError, match="size"):
+        model(**(inputs | {"pixel_values": torch.zeros(1, 3, 56, 56)}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("align_mode", "mean"), ("gate_text", "half"), ("num_align_levels", 1), ("image_aspect_ratio", "round")],
+)
+def test_a_wrong_config_value_is_named(build, field, value):
+    with pytest.raises(ValueError, match=f"{field} is"):
+        build(**{field: value})
+
+
+def test_a_head_that_caps_its_logits_is_refused(make_llm, make_tower):
+    llm = make_llm("gemma2")
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        AlignGPTForConditionalGeneration.from_parts(llm, make_tower())

@@ -1,0 +1,132 @@
+"""The processor: prompts, messages, training samples, and its folder."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlamaConfig
+
+from aligngpt import AlignGPTConfig, AlignGPTProcessor
+from aligngpt.data.llava_json import Sample
+from aligngpt.processor import AlignGPTImageProcessor
+from aligngpt.text import Turn
+
+
+@pytest.fixture
+def config(tower_config):
+    from transformers import CLIPVisionConfig
+
+    return AlignGPTConfig.from_parts(LlamaConfig(vocab_size=320), CLIPVisionConfig(**tower_config))
+
+
+@pytest.fixture
+def processor(config, tokenizer):
+    return AlignGPTProcessor.for_model(config, AlignGPTImageProcessor(56), tokenizer)
+
+
+def picture(colour="red"):
+    return Image.new("RGB", (30, 20), colour)
+
+
+def message(text, *images):
+    return [
+        {
+            "role": "user",
+            "content": [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}],
+        }
+    ]
+
+
+def test_messages_and_their_rendered_text_give_the_same_inputs(processor):
+    conversations = [message("What is this?", picture()), message("And these two?", picture("blue"), picture("green"))]
+    direct = processor.apply_chat_template(conversations, tokenize=True)
+    texts = processor.apply_chat_template(conversations)
+    assert [text.count("<image>") for text in texts] == [1, 2]
+    rendered = processor([picture(), picture("blue"), picture("green")], texts)
+    assert direct.keys() == rendered.keys() == {"input_ids", "attention_mask", "gate_mask", "pixel_values"}
+    for name in direct:
+        assert torch.equal(direct[name], rendered[name]), name
+    ids, mask = direct["input_ids"], direct["attention_mask"].bool()
+    assert (ids == processor.image_token_id).sum(1).tolist() == [16, 32]
+    first = mask.long().argmax(1)
+    assert (ids.gather(1, first[:, None] + 1) == processor.align_token_id).all()
+    special = (ids == processor.align_token_id) | (ids == processor.image_token_id)
+    assert torch.equal(direct["gate_mask"], mask & ~special & (mask.cumsum(1) > 1))
+
+
+def test_a_training_sample_begins_as_its_prompt_at_inference(processor, tmp_path):
+    """Same ids and the same text in the gate, whatever the answer: the gate never sees it."""
+    picture().save(tmp_path / "a.png")
+    sample = Sample("1", ("a.png",), (Turn("user", "<image>\nWhat is this?"), Turn("assistant", "a red car")), None, 0)
+    example = processor.example(sample, tmp_path)
+    prompt = processor.apply_chat_template(message("What is this?", picture()), tokenize=True)
+    length = prompt["input_ids"].shape[1]
+    assert torch.equal(example.text.input_ids[:length], prompt["input_ids"][0])
+    assert torch.equal(example.text.gate_mask[:length], prompt["gate_mask"][0])
+    assert not example.text.gate_mask[length:].any()
+    assert (example.text.labels[:length] == -100).all()
+    assert (example.text.labels[length:] != -100).all()
+    assert torch.equal(example.pixel_values, prompt["pixel_values"])
+
+
+def test_without_alignment_there_is_no_token(config, tokenizer):
+    config.align_mode = "none"
+    processor = AlignGPTProcessor.for_model(config, AlignGPTImageProcessor(56), tokenizer)
+    ids = processor(picture(), "<image> What?")["input_ids"]
+    assert (ids == processor.image_token_id).sum() == 16
+    assert (ids == processor.align_token_id).sum() == 0
+
+
+def test_the_image_processor_is_the_training_one(processor, oracle):
+    arrays = np.load(oracle / "image_preprocess.npz")
+    images = [Image.fromarray(arrays[f"{name}.image_uint8"]) for name in ("wide", "tall", "square")]
+    for aspect in ("pad", "square"):
+        pixels = AlignGPTImageProcessor(56, image_aspect_ratio=aspect)(images)["pixel_values"]
+        expected = np.stack([arrays[f"{name}.pixel_values_{aspect}"] for name in ("wide", "tall", "square")])
+        assert np.abs(pixels.numpy() - expected).max() <= 1 / 255 / min(processor.image_processor.image_std)
+
+
+def test_its_folder_restores_every_field(processor, config, tmp_path):
+    processor.template, processor.gate_text, processor.max_length = "llama_2", "all", 77
+    processor.image_processor.image_aspect_ratio = "square"
+    processor.save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert type(again) is AlignGPTProcessor
+    assert again.to_dict() == processor.to_dict()
+    text = processor.apply_chat_template(message("What is this?", picture()))
+    assert torch.equal(again(picture(), text)["input_ids"], processor(picture(), text)["input_ids"])
+
+
+def test_from_parts_takes_the_towers_normalisation(config, oracle, tmp_path):
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    AlignGPTImageProcessor(56, mean, std).save_pretrained(tmp_path)
+    processor = AlignGPTProcessor.from_parts(oracle, tmp_path, config)
+    assert (processor.image_processor.image_mean, processor.image_processor.image_std) == (mean, std)
+    assert processor.image_processor.size == 56
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p(picture(), "no mark"), "text has 0 <image> marks; 1 images were given"),
+        (lambda p: p(None, "<image>"), "text has 1 <image> marks; 0 images were given"),
+        (lambda p: p(picture()), "text is missing"),
+        (lambda p: p("nowhere.png", "<image>"), "nowhere.png"),
+        (lambda p: p.apply_chat_template([{"role": "user", "content": "<image> x"}]), "give pictures as items"),
+        (lambda p: p.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}]), "has type 'video'"),
+        (lambda p: p.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}]), "it needs 'image'"),
+        (lambda p: AlignGPTProcessor.from_pretrained("tests/data/oracle"), "holds no AlignGPTProcessor"),
+    ],
+)
+def test_wrong_input_is_named(processor, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(processor)
+
+
+def test_a_samples_error_names_its_record(processor, tmp_path):
+    (tmp_path / "b.png").write_text("<html>not here</html>")
+    turns = (Turn("user", "<image>\nWhat is this?"), Turn("assistant", "a red car"))
+    for image in ("a.png", "b.png", "../b.png"):
+        with pytest.raises(ValueError, match=rf"record 3 \(id x7\): .*{image[-5:]}"):
+            processor.example(Sample("x7", (image,), turns, None, 3), tmp_path)

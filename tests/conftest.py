@@ -1,0 +1,131 @@
+"""What several tests need: the oracle, tiny random backbones, and folders made of them."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ORACLE = Path(__file__).parent / "data" / "oracle"
+ROWS = 16  # image rows of the oracle's tower: 56 px, patches of 14
+VOCAB = 320
+ALIGN, IMAGE = VOCAB, VOCAB + 1
+WIDTH = 64
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Path:
+    return ORACLE
+
+
+@pytest.fixture(scope="session")
+def tower_config() -> dict[str, Any]:
+    return json.loads((ORACLE / "p16_clip_config.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def public_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder laid out as the public AlignGPT ones, with the oracle's weights."""
+    folder = tmp_path_factory.mktemp("public")
+    shutil.copy(ORACLE / "p16_model.safetensors", folder / "model.safetensors")
+    shutil.copy(ORACLE / "p16_config.json", folder / "config.json")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def load_case():
+    """An oracle case by name: its arrays, and its inputs as our model takes them."""
+
+    def load(name: str) -> SimpleNamespace:
+        arrays = dict(np.load(ORACLE / f"{name}.npz"))
+        input_ids = torch.from_numpy(arrays["input_ids"])
+        labels = torch.from_numpy(arrays.get("labels", np.full(input_ids.shape, -100)))
+        mask = torch.from_numpy(arrays.get("attention_mask", np.ones(input_ids.shape))).long()
+        has_image = bool((input_ids == -200).any())
+        inputs: dict[str, Any] = dict(
+            zip(("input_ids", "labels", "attention_mask"), expand(input_ids, labels, mask), strict=True)
+        )
+        if has_image:
+            inputs["pixel_values"] = torch.from_numpy(arrays["pixel_values"])
+        return SimpleNamespace(arrays=arrays, inputs=inputs, has_image=has_image)
+
+    return load
+
+
+def expand(input_ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    """Ids with -200 for an image, as ours: <align> after BOS where a row has an image, P <image> for each one."""
+    columns: list[list[list[int]]] = [[], [], []]
+    for row, row_labels, row_mask in zip(input_ids.tolist(), labels.tolist(), mask.tolist(), strict=True):
+        new: list[list[int]] = [[], [], []]
+        for place, triple in enumerate(zip(row, row_labels, row_mask, strict=True)):
+            repeat = ROWS if triple[0] == -200 else 1
+            for column, value in zip(new, (IMAGE if triple[0] == -200 else triple[0], *triple[1:]), strict=True):
+                column += [value] * repeat
+            if place == 0 and -200 in row:
+                for column, value in zip(new, (ALIGN, -100, 1), strict=True):
+                    column.append(value)
+        for column, values in zip(columns, new, strict=True):
+            column.append(values)
+    return [torch.tensor(column) for column in columns]
+
+
+@pytest.fixture(scope="session")
+def make_llm():
+    """A tiny random causal LM by model type."""
+
+    def make(kind: str = "llama", vocab_size: int = VOCAB, **overrides: Any) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        fields = {
+            "hidden_size": WIDTH,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": vocab_size,
+            "head_dim": 16,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            config = AutoConfig.for_model(kind, **(fields | overrides))
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_tower(tower_config):
+    """A tiny random vision tower: "clip" has 16 rows per image and a CLS token, "siglip" 4 rows and none."""
+
+    def make(kind: str = "clip") -> Any:
+        from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            if kind == "clip":
+                return CLIPVisionModel(CLIPVisionConfig(**tower_config)).eval()
+            size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+            return SiglipVisionModel(SiglipVisionConfig(**size, image_size=28, patch_size=14)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ORACLE)

@@ -1,0 +1,1 @@
+"""Both training stages: configs, the loop, sharding, checkpoints."""

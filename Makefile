@@ -1,8 +1,9 @@
-# Everything runs in .venv, made on first use from this folder's own files. PYTHON and TORCH may be overridden:
-#   make test PYTHON=python3.12 TORCH="torch --index-url …"
+# Everything runs in .venv, made on first use from this folder's own files. What it is made of may be overridden:
+#   make test VENV=.venv-5.17 TRANSFORMERS=transformers==5.17.0
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-VENV := .venv
+TRANSFORMERS ?= transformers==5.23.0
+VENV ?= .venv
 BIN := $(VENV)/bin
 PATHS := kernels aligngpt training benchmarks tests setup.py
 
@@ -15,7 +16,7 @@ $(VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" "$(TRANSFORMERS)"
 	touch $@
 
 check: install
@@ -37,4 +38,4 @@ bench: install
 	$(BIN)/python -m pytest benchmarks
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf .venv* build *.egg-info

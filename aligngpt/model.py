@@ -163,14 +163,13 @@ class AlignGPTModel(_AlignInit, LlavaModel):
             table, scale = embedding(text_ids).flatten(0, 1), 1.0
 
         weights = None
-        align_table = self.align_table.to(table.dtype)
         num_samples = plan.align_place.shape[0]
         if align_levels is not None and config.align_mode != "none":
             if align_levels.shape != (num_samples,):
                 raise ValueError(
                     f"align_levels has shape {tuple(align_levels.shape)}; {num_samples} samples have an image"
                 )
-            align_rows = F.embedding(align_levels, align_table)
+            align_rows = F.embedding(align_levels, self.align_table)
         elif config.align_mode == "none":
             align_rows = table.new_zeros(num_samples, table.shape[1])
         else:
@@ -182,7 +181,7 @@ class AlignGPTModel(_AlignInit, LlavaModel):
                 image_rows,
                 mean,
                 *(gate.linear_1.weight, gate.linear_1.bias, gate.linear_2.weight, gate.linear_2.bias),
-                align_table,
+                self.align_table,
                 image_sample=plan.image_sample(rows_per_image),
                 mode=config.align_mode,
             )

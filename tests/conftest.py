@@ -129,3 +129,31 @@ def tokenizer():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(ORACLE)
+
+
+@pytest.fixture(scope="session")
+def emoji_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as docs/real-run.md wants it: pretrain.json, finetune.json, and pictures of plain shapes."""
+    from PIL import Image, ImageDraw
+
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "images").mkdir()
+    pairs, questions = [], []
+    for number, (colour, shape) in enumerate(
+        (c, s) for c in ("red", "green", "blue", "black") for s in ("disc", "square")
+    ):
+        for copy in range(8):
+            image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+            corner = 4 + 2 * copy
+            draw = ImageDraw.Draw(image)
+            (draw.ellipse if shape == "disc" else draw.rectangle)((corner, corner, corner + 36, corner + 36), colour)
+            name = f"images/{number}-{copy}.png"
+            image.save(folder / name)
+            talk = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": f"{colour} {shape}"}]
+            pairs.append({"id": f"{number}-{copy}", "image": name, "conversations": talk})
+            turns = [("human", "<image>\nWhat is shown?"), ("gpt", shape), ("human", "Which colour?"), ("gpt", colour)]
+            talk = [{"from": speaker, "value": value} for speaker, value in turns]
+            questions.append({"id": f"q-{number}-{copy}", "image": name, "conversations": talk})
+    (folder / "pretrain.json").write_text(json.dumps(pairs))
+    (folder / "finetune.json").write_text(json.dumps(questions))
+    return folder

@@ -61,8 +61,8 @@ class StoredTensor:
     @cached_property
     def _handle(self) -> Any:
         if self.path.suffix == ".safetensors":
-            return _open_safetensors(self.path).get_slice(self.name)
-        return _open_bin(self.path)[self.name]
+            return _open(self.path).get_slice(self.name)
+        return _open(self.path)[self.name]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,13 +78,15 @@ class StoredTensor:
         return rows.clone() if self.path.suffix == ".bin" else rows  # a slice of the memory map keeps the file open
 
 
-@lru_cache(maxsize=64)
-def _open_safetensors(path: Path) -> Any:
-    return safe_open(path, framework="pt")
+def _open(path: Path) -> Any:
+    """The file's tensors, opened once: as long as it is not written anew."""
+    return _opened(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=64)
-def _open_bin(path: Path) -> dict[str, Tensor]:
+def _opened(path: Path, modified: int) -> Any:
+    if path.suffix == ".safetensors":
+        return safe_open(path, framework="pt")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -182,8 +184,7 @@ def _stored(folder: str | Path) -> dict[str, StoredTensor]:
             return {name: StoredTensor(folder / file, name) for name, file in weight_map.items()}
         single = folder / f"{stem}{suffix}"
         if single.is_file():
-            names = _open_safetensors(single).keys() if suffix == ".safetensors" else _open_bin(single)
-            return {name: StoredTensor(single, name) for name in names}
+            return {name: StoredTensor(single, name) for name in _open(single).keys()}  # noqa: SIM118  not a dict
     raise ValueError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, whole or in shards")
 
 

@@ -1,0 +1,249 @@
+"""Both commands end to end, against a plain loop on one unsharded model.
+
+Stage 1 and stage 2 run as a user runs them, with one and with two processes, on a Llama and on a Gemma (tied head,
+scaled embedding). In both stages some micro-batches of one process hold text alone while the other's hold images.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from aligngpt.batch import Batch
+from aligngpt.model import AlignGPTForConditionalGeneration, fresh_align_weights
+from aligngpt.processor import AlignGPTProcessor
+from training import optim
+from training.config import TrainConfig, tiny
+from training.loader import Samples, share
+from training.loop import make_order, make_processor, read_samples
+from training.sharding import starting_config
+
+Launch = Callable[..., Any]
+TABLE = "model.align_table"
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What the two stages of one LLM left."""
+
+    stage_1: list[Any]  # with 1 and with 2 processes
+    stage_2: list[Any]
+    flags_2: list[object]
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma"])
+def stages(
+    request: pytest.FixtureRequest, parts: Any, launch: Launch, tmp_path_factory: pytest.TempPathFactory
+) -> Stages:
+    root: Path = tmp_path_factory.mktemp(request.param)
+    common = [
+        "--data.image-folder",
+        parts.images,
+        "--global-batch-size",
+        4,
+        "--save-every",
+        3,
+        "--optim.clip-norm",
+        0.05,
+    ]
+    flags_1 = [*common, "--model.llm", parts.llms[request.param], "--model.vision", parts.vision]
+    flags_1 += ["--data.path", parts.captions, "--per-device-batch-size", 1, "--data.workers", 0, "--epochs", 2]
+    stage_1 = [launch("pretrain", root / "s1-1", *flags_1), launch("pretrain", root / "s1-2", *flags_1, processes=2)]
+    flags_2 = [*common, "--model.init", root / "s1-1/model", "--data.path", parts.chats, "--data.order", "shuffle"]
+    flags_2 += ["--per-device-batch-size", 1, "--data.workers", 1, "--epochs", 2, "--optim.projector-lr", 1e-3]
+    stage_2 = [launch("finetune", root / f"s2-{n}", *flags_2, processes=n) for n in (1, 2)]
+    for run in (*stage_1, *stage_2):
+        assert run.status == 0, run.output
+    return Stages(stage_1, stage_2, flags_2)
+
+
+def config_of(run: Any) -> TrainConfig:
+    """A run's config as its folder states it."""
+    stated = json.loads((run.run_dir / "config.json").read_text())["config"]
+    base = tiny("pretrain")
+    groups = {name: type(getattr(base, name))(**stated.pop(name)) for name in ("model", "data", "optim")}
+    return TrainConfig(**stated, **groups)
+
+
+def samples_of(config: TrainConfig) -> Samples:
+    model_config = starting_config(config.model, image_aspect_ratio=config.data.image_aspect_ratio)
+    return read_samples(config, model_config, make_processor(config, model_config))
+
+
+def kinds_of_micro_batches(config: TrainConfig) -> set[tuple[str, str]]:
+    """What two processes hold at the same time: an "i" or a "t" for each sample with or without an image."""
+    samples = samples_of(config)
+    order = make_order(config, samples)
+    kinds = set()
+    for batch in order.steps(0, config.epochs * order.steps_per_epoch):
+        first, second = (
+            [
+                "".join("i" if samples.samples[index].images else "t" for index in part)
+                for part in share(batch, rank=rank, world_size=2, per_device=config.per_device_batch_size)
+            ]
+            for rank in (0, 1)
+        )
+        kinds |= set(zip(first, second, strict=True))
+    return kinds
+
+
+def whole_batches(config: TrainConfig) -> list[Batch]:
+    """The global batches of a run, each padded as one."""
+    samples = samples_of(config)
+    order = make_order(config, samples)
+    batches = [samples[batch.tolist()] for batch in order.steps(0, config.epochs * order.steps_per_epoch)]
+    assert all(isinstance(batch, Batch) for batch in batches), batches
+    return batches  # type: ignore[return-value]
+
+
+def plain_run(model: AlignGPTForConditionalGeneration, config: TrainConfig) -> list[float]:
+    """The reference: one model, one batch a step, torch.optim.AdamW. Changes `model`; returns the losses."""
+    model.train()
+    for name, parameter in model.named_parameters():
+        trains = {
+            "llm": ("language_model", "lm_head"),
+            "projector": ("projector",),
+            "gate": ("gate",),
+            "table": ("table",),
+        }
+        parameter.requires_grad_(any(mark in name for part in config.model.train for mark in trains[part]))
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    rates = [
+        config.optim.projector_lr or config.optim.lr if "projector" in name else config.optim.lr for name, _ in named
+    ]
+    groups = [{"params": [parameter], "peak": rate} for (_, parameter), rate in zip(named, rates, strict=True)]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, foreach=False)
+    batches = whole_batches(config)
+    losses = []
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * optim.rate(step, len(batches), config.optim.warmup_ratio)
+        optimizer.zero_grad()
+        loss = model(**batch.model_inputs()).loss  # divided by the number of supervised tokens in the batch
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([parameter for _, parameter in named], config.optim.clip_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def weights_of(run: Any) -> dict[str, Tensor]:
+    return load_file(run.run_dir / "model/model.safetensors")
+
+
+def assert_same_updates(ours: dict[str, Tensor], theirs: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+    """Each tensor moved as the reference's: the two ends differ by at most a thousandth of the way from the start."""
+    assert ours.keys() <= theirs.keys()
+    for name, end in ours.items():
+        way = torch.linalg.norm(theirs[name] - before[name]).item()
+        apart = torch.linalg.norm(end - theirs[name]).item()
+        assert apart <= 1e-3 * way, f"{name}: {apart} apart after a way of {way}"
+
+
+def test_stage_1_equals_a_plain_loop_and_trains_projector_and_table_alone(stages: Stages) -> None:
+    one, two = stages.stage_1
+    assert one.losses == pytest.approx(two.losses, abs=1e-5)
+    assert len(one.losses) == 6  # two epochs of twelve samples in fours
+    config = config_of(one)
+    assert kinds_of_micro_batches(config) & {("t", "i"), ("i", "t")}
+
+    fresh = AlignGPTForConditionalGeneration.from_parts(config.model.llm, config.model.vision, seed=config.seed)
+    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    assert one.losses == pytest.approx(plain_run(fresh, config), abs=1e-5)
+    after = weights_of(one)
+    assert_same_updates(after, fresh.state_dict(), before)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {name for name in after if "projector" in name or name == TABLE}
+
+
+def test_stage_2_equals_a_plain_loop_from_the_folder_that_stage_1_left(stages: Stages) -> None:
+    one, two = stages.stage_2
+    assert one.losses == pytest.approx(two.losses, abs=1e-5)
+    config = config_of(two)
+
+    kinds = kinds_of_micro_batches(config)
+    assert kinds >= {("t", "i"), ("i", "t"), ("i", "i")}
+    assert any("" in kind for kind in kinds)  # 13 samples in fours: the last step leaves a process without any
+
+    model = AlignGPTForConditionalGeneration.from_pretrained(config.model.init)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert one.losses == pytest.approx(plain_run(model, config), abs=1e-5)
+    after = weights_of(two)
+    assert_same_updates(after, model.state_dict(), before)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    frozen = {name for name in after if "vision_tower" in name or name == TABLE}
+    assert changed == after.keys() - frozen
+
+
+def test_result_is_read_by_from_pretrained_and_answers(stages: Stages, parts: Any) -> None:
+    folder = stages.stage_2[1].run_dir / "model"
+    model = AlignGPTForConditionalGeneration.from_pretrained(folder).eval()
+    processor = AlignGPTProcessor.from_pretrained(folder)
+    assert (processor.template, processor.image_processor.image_aspect_ratio) == ("v1", "pad")
+    assert model.config.tie_word_embeddings == (model.lm_head.weight is model.get_input_embeddings().weight)
+    inputs = processor(images=[parts.images / "3.png"], text="<image>\nWhat is it?")
+    ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert ids.shape == (1, inputs["input_ids"].shape[1] + 3)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resume_equals_the_run_that_was_not_interrupted(
+    stages: Stages, launch: Launch, tmp_path: Path, processes: int
+) -> None:
+    """From the checkpoint of step 6, as a run leaves it that dies while saving step 8; bit-equal if nothing changed."""
+    whole = stages.stage_2[1]
+    interrupted = tmp_path / "run"
+    shutil.copytree(whole.run_dir, interrupted, ignore=shutil.ignore_patterns("model", "step-00000008"))
+    (interrupted / "checkpoints/step-00000008.tmp").mkdir()
+    (interrupted / "LATEST").write_text("step-00000006\n")
+    with (interrupted / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # torn
+    resumed = launch("finetune", interrupted, *stages.flags_2, processes=processes)
+    assert resumed.status == 0, resumed.output
+    if processes == 2:
+        assert resumed.losses == whole.losses
+        assert (interrupted / "model/model.safetensors").read_bytes() == (
+            whole.run_dir / "model/model.safetensors"
+        ).read_bytes()
+    assert resumed.losses == pytest.approx(whole.losses, abs=1e-5)
+    assert sorted(path.name for path in (interrupted / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+
+
+def test_bf16_with_recomputed_layers_follows_fp32(stages: Stages, launch: Launch, tmp_path: Path, parts: Any) -> None:
+    """Frozen weights are held in bf16 then, trained ones in fp32: the result's frozen ones are the source's still."""
+    config = config_of(stages.stage_1[0])
+    flags: list[object] = [
+        "--model.llm",
+        config.model.llm,
+        "--model.vision",
+        config.model.vision,
+        "--data.path",
+        config.data.path,
+    ]
+    flags += [
+        "--data.image-folder",
+        parts.images,
+        "--global-batch-size",
+        4,
+        "--per-device-batch-size",
+        1,
+        "--epochs",
+        2,
+    ]
+    flags += ["--per-device-batch-size", 1, "--optim.clip-norm", 0.05]
+    run = launch("pretrain", tmp_path / "run", *flags, "--precision", "bf16", "--gradient-checkpointing", processes=2)
+    assert run.status == 0, run.output
+    assert "instead of the fused op" not in run.output
+    assert run.losses == pytest.approx(stages.stage_1[0].losses, rel=2e-3)
+    ours, theirs = weights_of(run), weights_of(stages.stage_1[0])
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if "projector" not in name and name != TABLE)
+    assert not torch.equal(ours[TABLE], ours[TABLE].bfloat16().float())  # its master is fp32
+    fresh = fresh_align_weights(AlignGPTForConditionalGeneration.from_pretrained(run.run_dir / "model").config, 0)
+    assert not torch.equal(ours[TABLE], fresh[TABLE])

@@ -1,0 +1,189 @@
+"""The run folder: what a run is, checkpoints it goes on from, and the model it leaves.
+
+    RUN/config.json                    {"config": …, "stage": …, "environment": …}, written once a batch is there
+    RUN/metrics.jsonl                  a line a step
+    RUN/checkpoints/step-00000500/     sharded: trained weights and AdamW's moments, torch.distributed.checkpoint
+    RUN/LATEST                         name of the checkpoint to go on from
+    RUN/model/                         the result: safetensors, config and processor, for `from_pretrained`
+
+Every folder is written under a name ending in .tmp and renamed when it is whole; LATEST changes after that. A
+checkpoint needs no random state, position or schedule beside its step: sample order, learning rate and random streams
+are computed from (seed, step). DCP's metadata is a pickle: checkpoints are for resuming one's own run, RUN/model is for
+exchange.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from aligngpt.checkpoint import write_weights
+from aligngpt.model import AlignGPTForConditionalGeneration
+from aligngpt.processor import AlignGPTProcessor
+from training.config import Stage, TrainConfig, differences, environment, to_json
+from training.sharding import Stored, World, set_dtype, tied_names
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+# ---------------------------------------------------------------------------------------------------- the folder
+
+
+def steps_done(config: TrainConfig) -> int | None:
+    """The step of the checkpoint that a run in this folder goes on from, 0 for a new one; None: it is finished.
+
+    Raises:
+        ValueError: the folder holds something else, another run (the message lists what differs), or a run where
+            `--no-resume` was given.
+    """
+    folder = Path(config.run_dir)
+    if not folder.exists():
+        return 0
+    if not folder.is_dir():
+        raise ValueError(f"--run-dir is {folder}, a file; it needs a folder of its own")
+    if not (folder / "config.json").is_file():
+        if any(folder.iterdir()):
+            raise ValueError(f"--run-dir is {folder}, which holds other files; it needs an empty or a new folder")
+        return 0
+    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+    if not config.resume:
+        raise ValueError(f"--run-dir is {folder}, which already holds a run; it needs a new folder, or --resume")
+    different = differences(to_json(config), theirs)
+    if different:
+        raise ValueError(
+            f"--run-dir is {folder}, which holds a run with another config; it needs the same one to go on. "
+            f"What differs: {'; '.join(different)}"
+        )
+    if (folder / "model").is_dir():
+        return None
+    latest = folder / "LATEST"
+    if not latest.is_file():
+        return 0
+    return _step_of(latest.read_text(encoding="utf-8").strip())
+
+
+def create_run(config: TrainConfig, stage: Stage) -> None:
+    """Make the folder with its config.json, or clear a resumed one of what an interrupted save left."""
+    folder = Path(config.run_dir)
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for stale in [*folder.glob("*.tmp"), *folder.glob("checkpoints/*.tmp")]:
+        _remove(stale)
+    if not (folder / "config.json").exists():
+        resolved = {"stage": stage, "config": to_json(config), "environment": environment()}
+        _write(folder / "config.json", json.dumps(resolved, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save(config: TrainConfig, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
+    """Write the checkpoint after `step` steps; all processes take part. Old ones go when it is in place."""
+    folder = Path(config.run_dir) / "checkpoints"
+    final = folder / f"step-{step:08d}"
+    temporary = final.with_suffix(".tmp")
+    dcp.save(_state(model, optimizer), checkpoint_id=temporary)
+    world.add(0)
+    if world.rank == 0:
+        _remove(final)  # of a run that went on from an earlier checkpoint
+        os.replace(temporary, final)
+        _write(Path(config.run_dir) / "LATEST", final.name + "\n")
+        for old in sorted(folder.glob("step-*[0-9]"))[: -config.keep_last]:
+            _remove(old)
+    world.add(0)
+
+
+def load(config: TrainConfig, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put the checkpoint of `step` into model and optimizer; any number of processes may read it.
+
+    Raises:
+        ValueError: LATEST names a checkpoint that is not there.
+    """
+    folder = Path(config.run_dir) / "checkpoints" / f"step-{step:08d}"
+    if not folder.is_dir():
+        raise ValueError(f"{config.run_dir}/LATEST names {folder.name}; {folder} is not there")
+    state = _state(model, optimizer)
+    dcp.load(state, checkpoint_id=folder)  # into the weights themselves
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
+
+
+_OPTIONS = StateDictOptions(ignore_frozen_params=True)
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {
+        "model": {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad},
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=_OPTIONS),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- the result
+
+
+def export(
+    config: TrainConfig,
+    model: AlignGPTForConditionalGeneration,
+    weights: Mapping[str, Stored],
+    processor: AlignGPTProcessor,
+    world: World,
+) -> None:
+    """Write RUN/model one tensor at a time: trained weights gathered, frozen ones copied as they were read."""
+    final = Path(config.run_dir) / "model"
+    temporary = final.with_suffix(".tmp")
+    dtype = DTYPES[config.export_dtype]
+    if world.rank == 0:
+        temporary.mkdir()
+    entries: list[tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]] = []
+    for parameter, names in tied_names(model).items():
+        if parameter.requires_grad:
+            assert isinstance(parameter, DTensor), f"{names[0]} is not sharded"
+            entries.append((names[0], tuple(parameter.shape), dtype, parameter.full_tensor))
+        else:
+            stored = weights[next(name for name in names if name in weights)]
+            read = stored.read if world.rank == 0 else _nothing
+            entries.append((names[0], stored.shape, stored.dtype, read))
+    write_weights(temporary, entries, write=world.rank == 0)
+    if world.rank == 0:
+        set_dtype(model.config, dtype)
+        model.config.architectures = [type(model).__mro__[1].__name__]  # fully_shard put a class of its own in front
+        model.config.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        generation = Path(config.model.init or config.model.llm) / "generation_config.json"
+        if generation.is_file():
+            shutil.copy(generation, temporary)
+        os.replace(temporary, final)
+    world.add(0)
+
+
+def _nothing() -> Tensor:
+    return torch.empty(0)
+
+
+def _step_of(name: str) -> int:
+    if not name.startswith("step-") or not name[5:].isdigit():
+        raise ValueError(f"LATEST holds {name!r}; it needs the name of a checkpoint, step-<number>")
+    return int(name[5:])
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,34 @@
+"""What both entry points do: read the command line, set up messages, train, and turn a user's mistake into one line."""
+
+import logging
+import sys
+import time
+
+from training.config import Stage, is_first_on_machine, read_command_line
+
+
+def run(stage: Stage) -> None:
+    """Ends the process with status 1 and `error: …` for what a user can mend; anything else is a traceback.
+
+    Those errors are the same in every process. Of the processes on a machine the first one speaks. The others hold
+    still for a second before they end with it, because torchrun terminates the rest as soon as one is gone.
+    """
+    try:
+        config = read_command_line(stage)
+        # Only now: the command line is answered without waiting for PyTorch.
+        from transformers.utils import logging as transformers_logging
+
+        from training.loop import train
+
+        logging.basicConfig(
+            level=logging.INFO if is_first_on_machine() else logging.ERROR, format="%(name)s: %(message)s"
+        )
+        if not is_first_on_machine():
+            transformers_logging.set_verbosity_error()
+        train(config, stage)
+    except (ValueError, FloatingPointError, SystemExit) as error:
+        if not is_first_on_machine():
+            time.sleep(1)
+        elif not isinstance(error, SystemExit):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.code if isinstance(error, SystemExit) else 1)

@@ -1,0 +1,241 @@
+"""A training run from its config to its model: `train` sets it up, `run_steps` is the one loop.
+
+Loss is the sum over supervised tokens divided by their number in the global batch, over all micro-batches and
+processes; it does not depend on how the batch is cut. A sample that cannot be read is agreed on by all processes before
+the step, so they stop together; the run folder is not touched before the first step's batches are all there.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+from transformers import AutoTokenizer
+
+from aligngpt.batch import Batch
+from aligngpt.checkpoint import read_config
+from aligngpt.config import AlignGPTConfig, is_public
+from aligngpt.data.llava_json import read_llava_json
+from aligngpt.model import AlignGPTForConditionalGeneration
+from aligngpt.processor import AlignGPTImageProcessor, AlignGPTProcessor
+from training import checkpointing, optim, sharding
+from training.config import Stage, TrainConfig
+from training.loader import BadSample, BadSampleError, Order, Samples, estimated_lengths, micro_batches, share
+from training.metrics import Metrics, peak_memory_bytes
+from training.sharding import World
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step takes: this process's micro-batches, and counts over the global batch."""
+
+    batches: list[Batch]
+    tokens: int
+    supervised_tokens: int
+    data_seconds: float  # this process waited for its loader
+
+
+def train(config: TrainConfig, stage: Stage) -> None:
+    """Run, or go on with, the run that `config` describes; on return RUN/model is there.
+
+    Raises:
+        ValueError: the run folder, a model folder or the data are not what the config needs.
+        BadSampleError: a sample cannot be read; the checkpoints so far stay.
+        FloatingPointError: the gradient is not finite; likewise.
+    """
+    with sharding.world() as world:
+        first_step = checkpointing.steps_done(config)
+        if first_step is None:
+            say(world, f"{config.run_dir} is finished; its result is {config.run_dir}/model")
+            return
+
+        # Everything cheap comes before the weights: a wrong folder or a bad first sample shows within seconds.
+        model_config = sharding.starting_config(config.model, image_aspect_ratio=config.data.image_aspect_ratio)
+        weights = sharding.starting_weights(config.model, model_config, seed=config.seed)
+        processor = make_processor(config, model_config)
+        samples = read_samples(config, model_config, processor)
+        order = make_order(config, samples)
+        total_steps = min(config.epochs * order.steps_per_epoch, config.max_steps or math.inf)
+        assert isinstance(total_steps, int)
+        plan = [
+            share(batch, rank=world.rank, world_size=world.size, per_device=config.per_device_batch_size)
+            for batch in order.steps(first_step, total_steps)
+        ]
+        steps = read_steps(samples, plan, world, workers=config.data.workers)
+        first = list(itertools.islice(steps, 1))
+
+        model = make_model(config, model_config, weights, world)
+        optimizer = optim.make_optimizer(model.named_parameters(), config.optim)
+        if first_step:
+            checkpointing.load(config, first_step, model, optimizer)
+        if world.rank == 0:
+            checkpointing.create_run(config, stage)
+        world.add(0)
+        with Metrics(
+            Path(config.run_dir), first_step=first_step, total_steps=total_steps, enabled=world.rank == 0
+        ) as metrics:
+            numbered = enumerate(itertools.chain(first, steps), first_step)
+            try:
+                run_steps(config, model, optimizer, numbered, total_steps, order.steps_per_epoch, metrics, world)
+            except BadSampleError:
+                raise
+            except ValueError as error:  # one process's own, so no message for all of them
+                raise RuntimeError("a training step failed") from error
+        checkpointing.export(config, model, weights, processor, world)
+        say(world, f"model written to {config.run_dir}/model")
+
+
+def run_steps(
+    config: TrainConfig,
+    model: AlignGPTForConditionalGeneration,
+    optimizer: torch.optim.Optimizer,
+    steps: Iterable[tuple[int, Step]],
+    total_steps: int,
+    steps_per_epoch: int,
+    metrics: Metrics,
+    world: World,
+) -> None:
+    """The loop. Steps are numbered from 0 here and from 1 where people read them."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    started = time.perf_counter()
+    for number, step in steps:
+        seed_step(config.seed, number, world.rank)
+        optim.set_rate(optimizer, optim.rate(number, total_steps, config.optim.warmup_ratio))
+
+        # FSDP averages gradients over the processes; dividing by a process's mean count makes that the global sum.
+        supervised_per_process = max(step.supervised_tokens, 1) / world.size
+        loss = torch.zeros((), device=world.device)
+        for batch in step.batches:
+            inputs = batch.to(world.device).model_inputs()
+            micro_loss = model(**inputs, num_items_in_batch=supervised_per_process, use_cache=False).loss
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        grad_norm = clip_grad_norm_(trained, config.optim.clip_norm)
+        norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"step {number + 1}: the gradient's norm is {norm}; the weights were not changed")
+        optimizer.step()
+        optimizer.zero_grad()
+
+        (loss_sum,) = world.add(loss.item())
+        now = time.perf_counter()
+        metrics.step(
+            step=number + 1,
+            epoch=number // steps_per_epoch,
+            loss=loss_sum / world.size,
+            lr=optimizer.param_groups[0]["lr"],
+            grad_norm=norm,
+            tokens=step.tokens,
+            supervised_tokens=step.supervised_tokens,
+            tokens_per_second=step.tokens / (now - started),
+            seconds=now - started,
+            data_seconds=step.data_seconds,
+            peak_memory_bytes=peak_memory_bytes(world.device),
+        )
+        started = now
+        if (number + 1) % config.save_every == 0 or number + 1 == total_steps:
+            checkpointing.save(config, number + 1, model, optimizer, world)
+
+
+def read_steps(samples: Samples, plan: list[list[list[int]]], world: World, *, workers: int) -> Iterator[Step]:
+    """The steps of a plan (step, micro-batch, index), in order, each counted over all processes.
+
+    Raises:
+        BadSampleError: in every process, when one of them met a bad sample.
+    """
+    loader = micro_batches(samples, itertools.chain.from_iterable(plan), workers=workers)
+    for parts in plan:
+        started = time.perf_counter()
+        loaded = list(itertools.islice(loader, len(parts)))
+        data_seconds = time.perf_counter() - started
+        batches = [batch for batch in loaded if isinstance(batch, Batch)]
+        bad = [batch.message for batch in loaded if isinstance(batch, BadSample)]
+        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        supervised = sum(batch.num_supervised for batch in batches)
+        tokens, supervised, all_bad = (int(number) for number in world.add(tokens, supervised, len(bad)))
+        if all_bad:
+            raise BadSampleError("\n".join(message for messages in world.gather(bad) for message in messages))
+        yield Step(batches, tokens, supervised, data_seconds)
+
+
+def make_processor(config: TrainConfig, model_config: AlignGPTConfig) -> AlignGPTProcessor:
+    """The processor of the model's config, with the run's template, aspect ratio and length."""
+    data, model = config.data, config.model
+    try:
+        if model.init and not is_public(read_config(model.init)):
+            saved = AlignGPTProcessor.from_pretrained(model.init).image_processor
+            image_processor = AlignGPTImageProcessor(
+                saved.size, saved.image_mean, saved.image_std, data.image_aspect_ratio
+            )
+            tokenizer = AutoTokenizer.from_pretrained(model.init)
+            return AlignGPTProcessor.for_model(model_config, image_processor, tokenizer, data.template, data.max_length)
+        llm, vision = (model.init or model.llm), (model.init or model.vision)
+        return AlignGPTProcessor.from_parts(
+            llm, vision, model_config, template=data.template, max_length=data.max_length
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{model.init or model.llm} gives no tokenizer or processor: {error}") from error
+
+
+def read_samples(config: TrainConfig, model_config: AlignGPTConfig, processor: AlignGPTProcessor) -> Samples:
+    """The records of `--data.path`, checked."""
+    data = config.data
+    num_levels = model_config.num_align_levels
+    levels = data.levels if model_config.align_mode != "none" else "none"  # no <align>, nothing to look up
+    records = read_llava_json(data.path, num_levels=num_levels if levels == "record" else None)
+    if not records:
+        raise ValueError(f"--data.path is {data.path}, which holds no records; it needs at least one")
+    return Samples(
+        records,
+        processor,
+        path=data.path,
+        image_folder=data.image_folder,
+        levels=levels,
+        num_levels=num_levels,
+        seed=config.seed,
+    )
+
+
+def make_order(config: TrainConfig, samples: Samples) -> Order:
+    """In which order the run's samples come."""
+    records = samples.samples
+    return Order(
+        len(records),
+        config.global_batch_size,
+        config.seed,
+        config.data.order,
+        lengths=estimated_lengths(records, samples.processor.rows_per_image),
+        has_image=[bool(record.images) for record in records],
+    )
+
+
+def make_model(
+    config: TrainConfig, model_config: AlignGPTConfig, weights: dict[str, sharding.Stored], world: World
+) -> AlignGPTForConditionalGeneration:
+    """The model on this process's device: cut up, filled, frozen where the run does not train it."""
+    compute_dtype = checkpointing.DTYPES[config.precision]
+    model = sharding.build(model_config)
+    sharding.freeze(model, config.model.train)
+    if config.gradient_checkpointing:
+        sharding.recompute_layers(model)
+    sharding.shard(model, world.mesh, compute_dtype=compute_dtype)
+    source = config.model.init or f"{config.model.llm} with {config.model.vision}"
+    sharding.fill(model, weights, world, compute_dtype=compute_dtype, source=source)
+    return model
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout's random stream as a function of the step, so that a checkpoint need not hold it."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]) >> 1)
+
+
+def say(world: World, message: str) -> None:
+    """Print once for the whole run."""
+    if world.rank == 0:
+        print(message, flush=True)

@@ -1,0 +1,71 @@
+"""What a run says about itself: one JSON line a step in RUN/metrics.jsonl, and a progress bar, both from rank 0.
+
+A line holds: step (from 1), epoch, loss (sum over supervised tokens / their number, over the global batch), lr,
+grad_norm (before clipping), tokens (all but padding), supervised_tokens, tokens_per_second, seconds, data_seconds
+(waiting for the loader, on rank 0), peak_memory_bytes (of rank 0's device, or of its process on a CPU).
+"""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Writes a line and moves the bar for every step, as a context. On ranks other than 0 it does nothing."""
+
+    def __init__(self, run_dir: Path, *, first_step: int, total_steps: int, enabled: bool):
+        self.file: IO[str] | None = None
+        self.bar: Any = None
+        if not enabled:
+            return
+        from tqdm import tqdm
+
+        _drop_lines_from(run_dir / FILE, first_step)
+        self.file = (run_dir / FILE).open("a", encoding="utf-8")
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def step(self, **values: Any) -> None:
+        """One optimizer step's values."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tok/s", refresh=False)
+        self.bar.update()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.bar.close()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kibibytes_or_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes_or_bytes if sys.platform == "darwin" else kibibytes_or_bytes * 1024
+
+
+def _drop_lines_from(path: Path, first_step: int) -> None:
+    """Keep the lines of the first `first_step` steps: a resumed run writes the later ones again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > first_step:
+            break
+        kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -155,3 +155,10 @@ def test_shards_stay_under_their_size_and_join_again(tmp_path, make_llm, make_to
     assert all(shard.stat().st_size <= max(limit, largest) + 10_000 for shard in shards)
     again = AlignGPTForConditionalGeneration.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_file_written_anew_is_read_anew(folder):
+    path, weights = folder
+    for value in (1.0, 2.0):
+        save_file(weights | {"lm_head.weight": torch.full((320, 64), value)}, path / "model.safetensors")
+        assert stored_weights(path)["lm_head.weight"].read(0, 1).unique().item() == value

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPVisionConfig
 
 from aligngpt.batch import Batch
 from aligngpt.model import AlignGPTForConditionalGeneration, fresh_align_weights
@@ -27,6 +28,7 @@ from training.sharding import starting_config
 
 Launch = Callable[..., Any]
 TABLE = "model.align_table"
+GATE = "gated_weight_layer.mlp.0.weight"  # as public folders call it
 
 
 @dataclass(frozen=True)
@@ -247,3 +249,24 @@ def test_bf16_with_recomputed_layers_follows_fp32(stages: Stages, launch: Launch
     assert not torch.equal(ours[TABLE], ours[TABLE].bfloat16().float())  # its master is fp32
     fresh = fresh_align_weights(AlignGPTForConditionalGeneration.from_pretrained(run.run_dir / "model").config, 0)
     assert not torch.equal(ours[TABLE], fresh[TABLE])
+
+
+def test_stage_2_starts_from_a_public_folder(launch: Launch, tmp_path: Path, parts: Any, tower_config: Any) -> None:
+    """Public weights, their tower named by a local path: the table stays theirs to the bit, the rest is trained."""
+    public = tmp_path / "public"
+    shutil.copytree(Path(__file__).parents[1] / "data/oracle", public)
+    (public / "p16_model.safetensors").rename(public / "model.safetensors")
+    tower = tmp_path / "tower"
+    CLIPVisionConfig(**tower_config).save_pretrained(tower)
+    config = json.loads((public / "p16_config.json").read_text())
+    (public / "config.json").write_text(json.dumps(config | {"mm_vision_tower": str(tower)}))
+    flags = ["--model.init", public, "--data.path", parts.chats, "--data.image-folder", parts.images]
+    done = launch("finetune", tmp_path / "run", *flags, "--max-steps", 1, "--data.workers", 0)
+    assert done.status == 0, done.output
+    before = load_file(public / "model.safetensors")
+    after = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "run/model")
+    weights = after.state_dict()
+    assert after.config.gate_text == AlignGPTProcessor.from_pretrained(tmp_path / "run/model").gate_text == "all"
+    assert torch.equal(weights[TABLE], before["align_indicators.indicator_embs"])
+    for ours, theirs in (("lm_head.weight", "lm_head.weight"), ("model.align_gate.linear_1.weight", GATE)):
+        assert not torch.equal(weights[ours], before[theirs])

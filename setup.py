@@ -56,7 +56,6 @@ setup(
             *TRAIN,
             "pytest>=8",  # runs tests/ and benchmarks/
             "pytest-benchmark>=5",  # times benchmarks/
-            "hypothesis>=6",  # property tests
             "ruff==0.17.6",  # formatter and linter, pinned so that a check means the same everywhere
             "mypy==2.4.1",  # type checker, pinned likewise
             "setuptools>=77",  # builds the wheel that tests/test_layers.py installs

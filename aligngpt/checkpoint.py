@@ -8,9 +8,10 @@ in memory, never a model.
 
 import json
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,14 @@ PUBLIC_NAMES: Renames = (
     (r"model\.(layers|norm|embed_tokens)\.", r"model.language_model.\1."),
     (r"lm_head\.", "lm_head."),
 )
+# LLMs call their body and head differently; buffers that the model computes itself may be stored.
 LLM_NAMES: Renames = (
-    (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$", None),
-    (r"model\.", "model.language_model."),
-    (r"lm_head\.", "lm_head."),
+    (
+        r"(model|transformer|gpt_neox)\.(layers|h)\.\d+\.(self_attn|attn|attention)\.(rotary_emb\.inv_freq|bias|masked_bias)$",
+        None,
+    ),
+    (r"(model|transformer|gpt_neox)\.", "model.language_model."),
+    (r"(lm_head|embed_out)\.", "lm_head."),
 )
 # A tower's own folder, or a whole CLIP or SigLIP model's with the text half left aside.
 VISION_NAMES: Renames = (
@@ -51,46 +56,49 @@ VISION_NAMES: Renames = (
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
+class _File:
+    """A file of tensors, opened when one is asked for. ValueError: it is none, or it is cut."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.is_bin = path.suffix == ".bin"
+
+    @cached_property
+    def tensors(self) -> Any:
+        try:
+            if not self.is_bin:
+                return safe_open(self.path, framework="pt")
+            # Files of PyTorch before 1.6 are no zip archives and cannot be mapped.
+            mapped = zipfile.is_zipfile(self.path)
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
+        except Exception as error:
+            raise ValueError(f"{self.path} is not a whole file of plain tensors: {error}") from error
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file, read when asked for."""
 
-    path: Path
+    file: _File
     name: str  # its name in the file
 
     @cached_property
     def _handle(self) -> Any:
-        if self.path.suffix == ".safetensors":
-            return _open(self.path).get_slice(self.name)
-        return _open(self.path)[self.name]
+        tensors = self.file.tensors
+        return tensors[self.name] if self.file.is_bin else tensors.get_slice(self.name)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self._handle.get_shape() if self.path.suffix == ".safetensors" else self._handle.shape)
+        return tuple(self._handle.shape if self.file.is_bin else self._handle.get_shape())
 
     @property
     def dtype(self) -> torch.dtype:
-        return _DTYPES[self._handle.get_dtype()] if self.path.suffix == ".safetensors" else self._handle.dtype
+        return self._handle.dtype if self.file.is_bin else _DTYPES[self._handle.get_dtype()]
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of the first dimension; the whole tensor by default."""
         rows = self._handle[start : self.shape[0] if stop is None else stop] if self.shape else self._handle[...]
-        return rows.clone() if self.path.suffix == ".bin" else rows  # a slice of the memory map keeps the file open
-
-
-def _open(path: Path) -> Any:
-    """The file's tensors, opened once: as long as it is not written anew."""
-    return _opened(path, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=64)
-def _opened(path: Path, modified: int) -> Any:
-    if path.suffix == ".safetensors":
-        return safe_open(path, framework="pt")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"{path} is not a file of plain tensors: {error}") from error
+        return rows.clone() if self.file.is_bin else rows  # a slice of the memory map keeps the file open
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -177,14 +185,19 @@ def _stored(folder: str | Path) -> dict[str, StoredTensor]:
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():
-            weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{index} is no index of weights: {error!r}; it needs a weight_map") from error
             outside = [file for file in weight_map.values() if Path(file).name != file]
             if outside:
                 raise ValueError(f"{index} points outside its folder: {outside[0]!r}")
-            return {name: StoredTensor(folder / file, name) for name, file in weight_map.items()}
+            files = {file: _File(folder / file) for file in set(weight_map.values())}
+            return {name: StoredTensor(files[file], name) for name, file in weight_map.items()}
         single = folder / f"{stem}{suffix}"
         if single.is_file():
-            return {name: StoredTensor(single, name) for name in _open(single).keys()}  # noqa: SIM118  not a dict
+            file = _File(single)
+            return {name: StoredTensor(file, name) for name in file.tensors.keys()}  # noqa: SIM118  not a dict
     raise ValueError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, whole or in shards")
 
 

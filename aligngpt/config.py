@@ -4,6 +4,8 @@
 (arXiv 2405.14129). A flat `config.json` of the public AlignGPT folders is recognised by its own keys and converted.
 """
 
+import dataclasses
+import difflib
 from typing import Any, Literal, get_args
 
 from transformers import AutoConfig, LlavaConfig, PretrainedConfig
@@ -88,6 +90,10 @@ class AlignGPTConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse values that mean nothing; the model asks again, since attributes can be set. Raises ValueError."""
         for name, value, allowed in (
             ("align_mode", self.align_mode, ALIGN_MODES),
             ("gate_text", self.gate_text, get_args(GateText)),
@@ -107,8 +113,14 @@ class AlignGPTConfig(LlavaConfig):
         """Config of a new model from an LLM's and a vision tower's config; `align` sets any field of this class.
 
         Raises:
-            ValueError: the tower is neither CLIP nor SigLIP, or the LLM's head scales or caps its logits.
+            ValueError: the tower is neither CLIP nor SigLIP, the LLM's head scales or caps its logits, or `align`
+                names no field.
         """
+        for name in align:
+            if name != "image_token_id" and name not in known_fields():
+                nearest = difflib.get_close_matches(name, known_fields(), n=1)
+                hint = f"; did you mean {nearest[0]}?" if nearest else ""
+                raise ValueError(f"{name} is no field of {cls.__name__}{hint}")
         vision = getattr(vision, "vision_config", vision)  # a whole CLIP or SigLIP model carries its tower's
         if vision.model_type not in SELECT_STRATEGY:
             raise ValueError(f"vision has model_type {vision.model_type!r}; wanted one of {', '.join(SELECT_STRATEGY)}")
@@ -117,10 +129,6 @@ class AlignGPTConfig(LlavaConfig):
                 raise ValueError(
                     f"llm has {name}={getattr(llm, name)}; its head is more than a linear layer, which is not supported"
                 )
-        if vision.image_size % vision.patch_size:
-            raise ValueError(
-                f"vision has image_size {vision.image_size}, no multiple of patch_size {vision.patch_size}"
-            )
         fields: dict[str, Any] = {
             "text_config": llm,
             "vision_config": vision,
@@ -139,6 +147,11 @@ class AlignGPTConfig(LlavaConfig):
         if is_public(config_dict):
             config_dict = _nested(config_dict, kwargs.pop("vision_config", None))
         return super().from_dict(config_dict, **kwargs)
+
+
+def known_fields() -> list[str]:
+    """Names that `from_parts` takes."""
+    return [field.name for field in dataclasses.fields(AlignGPTConfig)]
 
 
 def is_public(config: dict[str, Any]) -> bool:

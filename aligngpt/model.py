@@ -11,6 +11,8 @@ The sequence is built by the fused ops of `aligngpt_kernels`, which read raw wei
 (quantised, on meta, sharded on its own, wrapped by an adapter), the module is called instead, and that is logged once.
 """
 
+import copy
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -29,6 +31,8 @@ from aligngpt_kernels import (
     linear_cross_entropy,
     text_mean,
 )
+from aligngpt_kernels.gate import mix_levels, sample_dots
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -44,7 +48,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .checkpoint import check_names, read_config, stored_weights
-from .config import AlignGPTConfig, is_public
+from .config import AlignGPTConfig, is_public, known_fields
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +67,10 @@ class AlignGate(nn.Module):
         super().__init__()
         self.linear_1 = nn.Linear(config.image_seq_length, config.gate_hidden_size)
         self.linear_2 = nn.Linear(config.gate_hidden_size, config.num_align_levels - 1)
+
+    def forward(self, dots: Tensor) -> Tensor:
+        """α (S, N-1) fp32 of dots (S, P) by the modules, for when their weights cannot be read."""
+        return self.linear_2(F.gelu(self.linear_1(dots))).float().softmax(-1)
 
 
 class _AlignInit:
@@ -87,6 +95,7 @@ class AlignGPTModel(_AlignInit, LlavaModel):
     config: AlignGPTConfig
 
     def __init__(self, config: AlignGPTConfig):
+        config.check()
         super().__init__(config)
         self.align_table = nn.Parameter(torch.empty(config.num_align_levels, config.text_config.hidden_size))
         self.align_gate = AlignGate(config)
@@ -97,6 +106,11 @@ class AlignGPTModel(_AlignInit, LlavaModel):
         super().train(mode)
         self.vision_tower.eval()
         return self
+
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        """The LLM's layers, whatever it calls them."""
+        return next(module for module in self.language_model.modules() if isinstance(module, nn.ModuleList))
 
     @torch.no_grad()
     def image_features(self, pixel_values: Tensor) -> Tensor:
@@ -145,76 +159,99 @@ class AlignGPTModel(_AlignInit, LlavaModel):
         the order of their placeholders.
         """
         config = self.config
-        rows_per_image = config.image_seq_length
         if pixel_values is None:
             size = config.vision_config.image_size
             pixel_values = self.align_table.new_zeros(0, 3, size, size)
-        num_images = pixel_values.shape[0]
         if plan is None:
-            plan = self._plan(input_ids, num_images)
-        image_rows = self.project(self.image_features(pixel_values))
+            plan = self._plan(input_ids, pixel_values.shape[0], align_levels)
+        image_rows = self.project(self.image_features(pixel_values)).to(self.align_table.dtype)
 
-        embedding = self.get_input_embeddings()
-        if _raw(embedding):
-            ids, table, scale = input_ids, embedding.weight, float(getattr(embedding, "scalar_embed_scale", 1.0))
-        else:  # the module embeds every token; row t of what it returns is then "the table's" row of token t
-            text_ids = torch.where(plan.source.view(input_ids.shape) == -1, input_ids, 0)
-            ids = torch.arange(input_ids.numel(), device=input_ids.device).view(input_ids.shape)
-            table, scale = embedding(text_ids).flatten(0, 1), 1.0
+        # Under autocast only tower and projector take part: what follows sums in fp32 by itself.
+        with torch.autocast(input_ids.device.type, enabled=False):
+            embedding = self.get_input_embeddings()
+            if _raw(embedding):
+                ids, table = input_ids, embedding.weight
+                scale = _rounded(float(getattr(embedding, "scalar_embed_scale", 1.0)), table.dtype)
+            else:  # the module embeds every token; row t of what it returns is then "the table's" row of token t
+                text_ids = torch.where(plan.source.view(input_ids.shape) == -1, input_ids, 0)
+                ids = torch.arange(input_ids.numel(), device=input_ids.device).view(input_ids.shape)
+                table, scale = embedding(text_ids).flatten(0, 1), 1.0
 
-        weights = None
-        num_samples = plan.align_place.shape[0]
-        if align_levels is not None and config.align_mode != "none":
-            if align_levels.shape != (num_samples,):
-                raise ValueError(
-                    f"align_levels has shape {tuple(align_levels.shape)}; {num_samples} samples have an image"
-                )
-            align_rows = F.embedding(align_levels, self.align_table)
-        elif config.align_mode == "none":
-            align_rows = table.new_zeros(num_samples, table.shape[1])
-        else:
-            if gate_mask is None and attention_mask is not None:
-                gate_mask = _all_text(attention_mask, plan)
-            mean = text_mean(ids, table, gate_mask, plan, embed_scale=scale)
-            gate = self.align_gate
-            align_rows, weights = align_gate(
-                image_rows,
-                mean,
-                *(gate.linear_1.weight, gate.linear_1.bias, gate.linear_2.weight, gate.linear_2.bias),
-                self.align_table,
-                image_sample=plan.image_sample(rows_per_image),
-                mode=config.align_mode,
+            weights = None
+            if config.align_mode == "none":
+                align_rows = table.new_zeros(plan.align_place.shape[0], table.shape[1])
+            elif align_levels is not None:
+                align_rows = self._level_rows(align_levels, plan)
+            else:
+                if gate_mask is None and attention_mask is not None:
+                    gate_mask = _all_text(attention_mask, plan)
+                mean = text_mean(ids, table, gate_mask, plan, embed_scale=scale)
+                align_rows, weights = self._gated_rows(image_rows, mean, plan)
+            image_rows, align_rows = image_rows.to(table.dtype), align_rows.to(table.dtype)
+            return inject(ids, table, image_rows, align_rows, plan=plan, embed_scale=scale), weights
+
+    def _level_rows(self, align_levels: Tensor, plan: InjectionPlan) -> Tensor:
+        """Stage 1's look-up: the table's row of each sample's level. (S, D)"""
+        num_samples, num_levels = plan.align_place.shape[0], self.align_table.shape[0]
+        if align_levels.shape != (num_samples,) or align_levels.is_floating_point():
+            raise ValueError(
+                f"align_levels is {align_levels.dtype} of shape {tuple(align_levels.shape)}; "
+                f"{num_samples} samples have an image, and each needs a whole number"
             )
-        image_rows, align_rows = image_rows.to(table.dtype), align_rows.to(table.dtype)
-        return inject(ids, table, image_rows, align_rows, plan=plan, embed_scale=scale), weights
+        if align_levels.device.type == "cpu" and bool(((align_levels < 0) | (align_levels >= num_levels)).any()):
+            raise ValueError(f"align_levels is {align_levels.tolist()}; levels are 0 to {num_levels - 1}")
+        return F.embedding(align_levels, self.align_table)
 
-    def _plan(self, input_ids: Tensor, num_images: int) -> InjectionPlan:
-        """Where the ids are on the host they are counted and checked; elsewhere shapes alone size the plan: no sync."""
+    def _gated_rows(self, image_rows: Tensor, mean: Tensor, plan: InjectionPlan) -> tuple[Tensor, Tensor]:
+        """Stage 2's H (S, D) and the weights of the local levels (S, N-1)."""
+        gate, mode = self.align_gate, self.config.align_mode
+        assert mode != "none"
+        image_sample = plan.image_sample(self.config.image_seq_length)
+        if _raw(gate.linear_1) and _raw(gate.linear_2):
+            gate_weights = gate.linear_1.weight, gate.linear_1.bias, gate.linear_2.weight, gate.linear_2.bias
+            return align_gate(image_rows, mean, *gate_weights, self.align_table, image_sample=image_sample, mode=mode)
+        return mix_levels(gate(sample_dots(image_rows, mean, image_sample)), self.align_table, mode)
+
+    def _plan(self, input_ids: Tensor, num_images: int, align_levels: Tensor | None) -> InjectionPlan:
+        """Where the ids are on the host they are counted and checked; elsewhere shapes alone size the plan: no sync.
+
+        Without levels S is then only bounded, by the number of images and of rows; samples that do not exist own no
+        token.
+        """
         config = self.config
         num_image_rows = num_images * config.image_seq_length
         on_host = input_ids.device.type == "cpu"
+        bound = min(num_images, input_ids.shape[0]) if align_levels is None else align_levels.shape[0]
         plan = injection_plan(
             input_ids,
             image_token_id=config.image_token_id,
             align_token_id=config.align_token_id,
             num_image_rows=None if on_host else num_image_rows,
-            num_samples=None if on_host else min(num_images, input_ids.shape[0]),
+            num_samples=None if on_host else bound,
         )
-        if not plan.exact:
-            return plan
-        if plan.image_place.shape[0] != num_image_rows:
+        if on_host:
+            self._check_counts(input_ids, plan, num_images)
+        return plan
+
+    def _check_counts(self, input_ids: Tensor, plan: InjectionPlan, num_images: int) -> None:
+        config, vocab_size = self.config, self.config.text_config.vocab_size
+        if plan.image_place.shape[0] != num_images * config.image_seq_length:
             raise ValueError(
                 f"input_ids has {plan.image_place.shape[0]} image tokens; pixel_values holds {num_images} images "
                 f"of {config.image_seq_length} rows"
             )
         wanted = 0 if config.align_mode == "none" else plan.align_place.shape[0]
         found = int((input_ids == config.align_token_id).sum())
-        if found != wanted or (wanted and bool((plan.align_place < 0).any())):
+        if found != wanted or (wanted and not plan.exact) or (wanted and bool((plan.align_place < 0).any())):
             raise ValueError(
                 f"input_ids has {found} <align> tokens; with align_mode {config.align_mode!r} it needs {wanted}, "
                 "one in each sample that has an image"
             )
-        return plan
+        text_ids = input_ids.flatten()[plan.source == -1]
+        if bool((text_ids >= vocab_size).any()):
+            raise ValueError(
+                f"input_ids holds token {int(text_ids.max())}; the LLM's vocabulary is 0 to {vocab_size - 1}"
+            )
 
     @can_return_tuple
     def forward(
@@ -229,7 +266,7 @@ class AlignGPTModel(_AlignInit, LlavaModel):
         gate_mask: Tensor | None = None,
         plan: InjectionPlan | None = None,
         **kwargs: Any,
-    ) -> AlignGPTOutput:
+    ) -> Any:
         """The LLM's last hidden states (B, L, D), and `align_weights`. Arguments as in the class with the head."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
@@ -237,8 +274,10 @@ class AlignGPTModel(_AlignInit, LlavaModel):
         if inputs_embeds is None:
             assert input_ids is not None
             if pixel_values is None and not self.training:  # text alone, as in every step of decoding
-                if input_ids.device.type == "cpu" and bool((input_ids == self.config.image_token_id).any()):
-                    raise ValueError("input_ids has image tokens; pixel_values is missing")
+                if input_ids.device.type == "cpu":
+                    for name in ("image", "align"):
+                        if bool((input_ids == getattr(self.config, f"{name}_token_id")).any()):
+                            raise ValueError(f"input_ids has {name} tokens; pixel_values is missing")
                 inputs_embeds = self.get_input_embeddings()(input_ids)
             else:  # in training also without an image: projector, gate and table stay in every rank's graph
                 inputs_embeds, weights = self.embed(
@@ -271,6 +310,9 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
         self.model = AlignGPTModel(config)
         text = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
+        embedding = self.get_input_embeddings()
+        (name,) = (name for name, module in self.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
     @classmethod
@@ -279,8 +321,8 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
     ) -> "AlignGPTForConditionalGeneration":
         """A new AlignGPT from a causal LM and a CLIP or SigLIP model of transformers (or their folders).
 
-        Modules are taken over, not copied. Projector, gate and table start fresh from `seed`. `align` sets any field
-        of `AlignGPTConfig`, such as `align_mode="none"` or `num_align_levels=4`.
+        Modules are taken over, not copied, and take the LLM's floating type. Projector, gate and table start fresh
+        from `seed`. `align` sets any field of `AlignGPTConfig`, such as `align_mode="none"` or `num_align_levels=4`.
         """
         llm = llm if isinstance(llm, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(llm)
         vision = vision if isinstance(vision, PreTrainedModel) else AutoModel.from_pretrained(vision)
@@ -290,11 +332,11 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
         with torch.device("meta"):
             model = cls(config)
         model.model.language_model = llm.base_model
-        model.model.vision_tower = vision.requires_grad_(False)
+        model.model.vision_tower = vision.to(head.weight.dtype).requires_grad_(False)
         model.lm_head = head
         fresh = {name: tensor.to(head.weight) for name, tensor in fresh_align_weights(config, seed).items()}
         model.load_state_dict(fresh, strict=False, assign=True)
-        model.generation_config = llm.generation_config
+        model.generation_config = saveable(llm.generation_config)
         return model.eval()
 
     @classmethod
@@ -312,25 +354,36 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
                 local folder nor a known CLIP name.
         """
         folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir() and is_public(read_config(folder)):
-            return cls._from_public(folder, vision_config, **kwargs)
+        if folder.is_dir():
+            raw = read_config(folder)
+            if raw.get("model_type") != cls.config_class.model_type:
+                raise ValueError(f"{folder} holds a model of type {raw.get('model_type')!r}; wanted an AlignGPT folder")
+            if is_public(raw):
+                return cls._from_public(folder, raw, vision_config, **kwargs)
+        elif folder.is_absolute() or len(folder.parts) != 2:
+            raise ValueError(f"{folder} is no folder")
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        check_names(set(info["unexpected_keys"]), set(info["missing_keys"]), source=str(pretrained_model_name_or_path))
+        try:
+            model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"{folder} holds a damaged file of weights: {error}") from error
+        check_names(set(info["unexpected_keys"]), set(info["missing_keys"]), source=str(folder))
         return (model, info) if wants_info else model
 
     @classmethod
-    def _from_public(cls, folder: Path, vision_config: Any, **kwargs: Any) -> Any:
+    def _from_public(cls, folder: Path, raw: dict[str, Any], vision_config: Any, **kwargs: Any) -> Any:
         stored = stored_weights(folder)
-        raw = read_config(folder)
         config = kwargs.pop("config", None) or AlignGPTConfig.from_dict(raw, vision_config=vision_config)
+        for name in known_fields():
+            if name in kwargs:
+                setattr(config, name, kwargs.pop(name))
         with torch.device("meta"):
             wanted = cls(config).state_dict()
         tied = ["lm_head.weight"] if config.tie_word_embeddings else []
         check_names(stored, wanted, source=str(folder), tied=tied)
         config.num_align_levels = stored["model.align_table"].shape[0]
         config.gate_hidden_size = stored["model.align_gate.linear_1.weight"].shape[0]
-        kwargs.setdefault("dtype", config.dtype)
+        kwargs["dtype"] = kwargs.pop("torch_dtype", None) or kwargs.get("dtype") or config.dtype
         weights = {name: tensor.read() for name, tensor in stored.items()}
         return super().from_pretrained(None, config=config, state_dict=weights, **kwargs)
 
@@ -367,7 +420,8 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
 
         Returns:
             `loss` if labels are given; `logits` (B, L or logits_to_keep, V), None when training with labels;
-            `align_weights` (S, N-1) where the gate ran.
+            `align_weights` (S, N-1) where the gate ran; without `plan` and levels, on a GPU, S is a bound and rows of
+            samples that do not exist follow the others.
 
         Raises:
             ValueError: image tokens and images do not match (checked where the ids are on the host), or the images'
@@ -407,7 +461,8 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
         if num_items is None:
             num_items = (labels != -100).sum().clamp(min=1)
         if _raw(self.lm_head) and self.lm_head.bias is None:
-            total, _ = linear_cross_entropy(hidden, self.lm_head.weight, labels, rows=rows)
+            weight = self.lm_head.weight
+            total, _ = linear_cross_entropy(hidden.to(weight.dtype), weight, labels, rows=rows)
         else:
             if rows is not None:
                 hidden, labels = hidden[rows], labels[rows]
@@ -449,8 +504,8 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
             attention_mask=attention_mask,
             align_levels=kwargs.pop("align_levels", None),
             gate_mask=gate_mask,
-            plan=kwargs.pop("plan", None),
         )
+        kwargs.pop("plan", None)  # a collator's, of rows that may have been rotated since
         return super().generate(
             input_ids=self._visible_ids(input_ids, kwargs.get("pad_token_id"), generation_config),
             attention_mask=attention_mask,
@@ -484,6 +539,15 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
         pad = pad[0] if isinstance(pad, list) else pad
         special = (input_ids == self.config.align_token_id) | (input_ids == self.config.image_token_id)
         return torch.where(special, pad, input_ids)
+
+
+def saveable(generation_config: Any) -> Any:
+    """A copy without sampling values that nothing uses: with them (Vicuna's has some) transformers refuses to save."""
+    config = copy.deepcopy(generation_config)
+    if not config.do_sample:
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(config, name, None)
+    return config
 
 
 def fresh_align_weights(config: AlignGPTConfig, seed: int) -> dict[str, Tensor]:
@@ -534,10 +598,12 @@ def _left_padded(
     return rotate(input_ids), rotate(attention_mask), None if gate_mask is None else rotate(gate_mask)
 
 
-_said: set[str] = set()
+@functools.cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """A number as the embedding module multiplies by it: in its weight's type."""
+    return torch.tensor(value, dtype=dtype).item()
 
 
+@functools.cache
 def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.info(message)
+    logger.info(message)

@@ -147,6 +147,8 @@ def run(args: argparse.Namespace) -> int:
 
     color = not args.no_color and not os.environ.get("NO_COLOR") and sys.stdout.isatty()
     samples = read_llava_json(args.data)
+    if not samples:
+        raise ValueError(f"{args.data} holds no records; it needs at least one")
     if args.count < 1 or not 0 <= args.index < len(samples):
         raise ValueError(
             f"--index {args.index} --count {args.count}: {args.data} has records 0 to {len(samples) - 1}; "

@@ -7,22 +7,38 @@ two ids lie outside the tokenizer; `decode` leaves them out.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .batch import Example
-from .config import AlignGPTConfig
+from .checkpoint import read_config
+from .config import AlignGPTConfig, is_public
 from .data.llava_json import Sample, image_path
 from .image import open_image, preprocess
-from .text import IMAGE_MARK, Part, TokenIds, Tokenized, Turn, render, tokenize
+from .text import (
+    GATE_TEXTS,
+    IMAGE_MARK,
+    TEMPLATES,
+    Part,
+    Role,
+    TokenIds,
+    Tokenized,
+    Turn,
+    render,
+    tokenize,
+)
 
-ImageInput = Image.Image | str | Path | bytes
+ImageInput = Image.Image | np.ndarray | str | Path | bytes
+
+_FIELDS = ("template", "rows_per_image", "align_token_id", "image_token_id", "align", "gate_text", "max_length")
+_FROM_AUTO = ("trust_remote_code", "code_revision", "token", "force_download", "use_fast", "backend", "subfolder")
 
 
 class AlignGPTImageProcessor(ImageProcessingMixin):
@@ -54,7 +70,7 @@ class AlignGPTImageProcessor(ImageProcessingMixin):
         """(images, 3, size, size) fp32."""
         prepared = [
             preprocess(
-                image.convert("RGB") if isinstance(image, Image.Image) else open_image(image),
+                _rgb(image),
                 size=self.size,
                 mean=self.image_mean,
                 std=self.image_std,
@@ -94,6 +110,9 @@ class AlignGPTProcessor(ProcessorMixin):
         max_length: int = 2048,
         chat_template: str | None = None,
     ):
+        for name, value, allowed in (("template", template, TEMPLATES), ("gate_text", gate_text, GATE_TEXTS)):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         self.template = template
         self.rows_per_image = rows_per_image
         self.align_token_id = align_token_id
@@ -141,24 +160,45 @@ class AlignGPTProcessor(ProcessorMixin):
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "AlignGPTProcessor":
-        """Read a folder that `save_pretrained` wrote. ValueError: it holds no AlignGPT processor."""
-        kwargs = {
-            name: value for name, value in kwargs.items() if name in ("cache_dir", "revision", "local_files_only")
-        }
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        vision_config: PretrainedConfig | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "AlignGPTProcessor":
+        """Read a folder that `save_pretrained` wrote, or a public AlignGPT folder. `kwargs` override fields.
+
+        Args:
+            vision_config: as in `AlignGPTForConditionalGeneration.from_pretrained`, for a public folder.
+
+        Raises:
+            ValueError: it holds no AlignGPT processor, or a keyword is neither a field nor transformers' own.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        loading = {name: kwargs.pop(name) for name in ("cache_dir", "revision", "local_files_only") if name in kwargs}
+        fields = {name: kwargs.pop(name) for name in _FIELDS if name in kwargs}
+        unknown = [name for name in kwargs if name not in _FROM_AUTO and not name.startswith("_")]
+        if unknown:
+            raise ValueError(f"{unknown[0]} is no field of {cls.__name__}; its fields are {', '.join(_FIELDS)}")
+        if (folder / "config.json").is_file() and is_public(raw := read_config(folder)):
+            config = AlignGPTConfig.from_dict(raw, vision_config=vision_config)
+            processor = cls.from_parts(folder, folder, config, max_length=raw.get("tokenizer_model_max_length", 2048))
+            return cls(processor.image_processor, processor.tokenizer, **(processor.fields() | fields))
         try:
-            fields, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+            saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **loading)
+            if saved.pop("processor_class", None) != cls.__name__:
+                raise ValueError("its processor_config.json is another's or missing")
         except (OSError, ValueError) as error:
             raise ValueError(f"{pretrained_model_name_or_path} holds no {cls.__name__}: {error}") from error
-        if fields.pop("processor_class", None) != cls.__name__ or "image_processor" not in fields:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} holds no {cls.__name__}: its processor_config.json is another's"
-            )
-        pictures = {
-            name: value for name, value in fields.pop("image_processor").items() if name != "image_processor_type"
-        }
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return cls(AlignGPTImageProcessor(**pictures), tokenizer, **fields)
+        pictures = saved.pop("image_processor")
+        pictures.pop("image_processor_type", None)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **loading)
+        return cls(AlignGPTImageProcessor(**pictures), tokenizer, **(saved | fields))
+
+    def fields(self) -> dict[str, Any]:
+        """What distinguishes this processor beside its tokenizer and image processor."""
+        return {name: getattr(self, name) for name in _FIELDS}
 
     @property
     def token_ids(self) -> TokenIds:
@@ -218,6 +258,7 @@ class AlignGPTProcessor(ProcessorMixin):
         Raises:
             ValueError: no text, or the marks in the texts do not match the images in number.
         """
+        _refuse_unknown(kwargs, "the processor")
         if text is None:
             raise ValueError("text is missing; a prompt with one <image> for each picture is needed")
         texts = [text] if isinstance(text, str) else list(text)
@@ -249,17 +290,23 @@ class AlignGPTProcessor(ProcessorMixin):
         A message is {"role", "content"}; its content a string, or a list of {"type": "text", "text"} and
         {"type": "image", "image": a PIL image, a path or bytes}. One conversation or a list of them.
         """
+        if not conversation:
+            raise ValueError("conversation is empty; it needs at least one message")
         conversations = [conversation] if isinstance(conversation[0], Mapping) else conversation
+        _refuse_unknown(kwargs, "apply_chat_template")
+        if chat_template is not None:
+            raise ValueError("chat_template is given; the processor's template field says which one is used")
         rendered, pictures, counts = [], [], []
         for number, messages in enumerate(conversations):
-            turns, found = _turns(messages)
             name = f"conversation {number}"
+            turns, found = _turns(messages, name)
             rendered.append(
                 render(
                     turns,
                     self.template,
                     tokenizer=self.tokenizer,
                     add_generation_prompt=add_generation_prompt,
+                    has_images=bool(found),
                     name=name,
                 )
             )
@@ -303,7 +350,7 @@ class AlignGPTProcessor(ProcessorMixin):
 
 
 def _listed(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
-    return [images] if isinstance(images, Image.Image | str | Path | bytes) else list(images)
+    return list(images) if isinstance(images, list | tuple) else [images]  # type: ignore[list-item]
 
 
 def _raw_parts(prompt: str) -> list[Part]:
@@ -317,33 +364,56 @@ def _raw_parts(prompt: str) -> list[Part]:
     return parts
 
 
-def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Turn], list[ImageInput]]:
-    """A conversation's turns, and its pictures in order."""
+def _refuse_unknown(kwargs: Mapping[str, Any], caller: str) -> None:
+    """Of transformers' common keywords only those that ask for what is done anyway."""
+    for name, value in kwargs.items():
+        if (name, value) not in (("return_tensors", "pt"), ("padding", True), ("continue_final_message", False)):
+            raise ValueError(f"{caller} takes no {name}={value!r}; it returns padded PyTorch tensors, whole prompts")
+
+
+def _turns(messages: Sequence[Mapping[str, Any]], name: str) -> tuple[list[Turn], list[ImageInput]]:
+    """A conversation's turns, and its pictures in order. ValueError names conversation and message."""
     turns: list[Turn] = []
     pictures: list[ImageInput] = []
-    for message in messages:
-        content = message["content"]
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
+    spoken: list[str] = []  # texts of the messages; where there are pictures they may not hold a mark
+    for number, message in enumerate(messages):
+        where = f"{name}, message {number}"
+        role, content = (message.get(key) if isinstance(message, Mapping) else None for key in ("role", "content"))
+        if role is None or role not in get_args(Role) or not isinstance(content, str | list | tuple):
+            raise ValueError(
+                f"{where} has role {role!r} and content of type {type(content).__name__}; "
+                f"it needs a role of {', '.join(get_args(Role))} and a string or a list of items"
+            )
         text = ""
-        for item in content:
-            kind = item.get("type")
-            if kind == "text":
-                if IMAGE_MARK in item["text"]:
-                    raise ValueError(f"a message's text holds {IMAGE_MARK}; give pictures as items of type 'image'")
+        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            kind = item.get("type") if isinstance(item, Mapping) else None
+            if kind == "text" and isinstance(item.get("text"), str):
+                spoken.append(item["text"])
                 text += item["text"]
-            elif kind == "image":
-                picture = next((item[key] for key in ("image", "path") if key in item), None)
-                if picture is None:
-                    raise ValueError(
-                        f"an image item has {sorted(item)}; it needs 'image': a PIL image, a path or bytes"
-                    )
-                pictures.append(picture)
+            elif kind == "image" and ("image" in item or "path" in item):
+                pictures.append(item["image"] if "image" in item else item["path"])
                 text += IMAGE_MARK + "\n"
             else:
-                raise ValueError(f"a message's item has type {kind!r}; it must be 'text' or 'image'")
-        turns.append(Turn(message["role"], text.rstrip("\n") if text.endswith(IMAGE_MARK + "\n") else text))
+                raise ValueError(
+                    f"{where} has an item {item!r}; it needs 'type': 'text' with 'text', "
+                    "or 'type': 'image' with 'image': a PIL image, an array, a path or bytes"
+                )
+        turns.append(Turn(role, text.rstrip("\n") if text.endswith(IMAGE_MARK + "\n") else text))
+    if pictures and any(IMAGE_MARK in text for text in spoken):
+        raise ValueError(f"{name} holds {IMAGE_MARK} in a text beside pictures; give pictures as items of type 'image'")
     return turns, pictures
+
+
+def _rgb(image: ImageInput) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, str) and "://" in image:
+        raise ValueError(f"image {image!r} is a URL; it needs to be downloaded first")
+    if isinstance(image, str | Path | bytes):
+        return open_image(image)
+    raise ValueError(f"an image is a {type(image).__name__}; it needs to be a PIL image, an array, a path or bytes")
 
 
 def _normalisation(vision: str | Path) -> tuple[Sequence[float], Sequence[float]]:

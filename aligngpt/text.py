@@ -39,6 +39,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Role = Literal["system", "user", "assistant"]
 IMAGE_MARK = "<image>"
 IGNORE_INDEX = -100
 TEMPLATES = ("plain", "v1", "llama_2", "chat")
@@ -65,7 +66,7 @@ _WORD = f"{_OPEN}image{_CLOSE}"  # an image mark that is a word like any other
 class Turn:
     """One message of a conversation. `text` of a user turn may hold `<image>` marks, one per image."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     text: str
 
 
@@ -478,8 +479,11 @@ class _Encoder:
         tokens: list[tuple[int, Part]] = []
         reached = 0
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if end < reached or end > len(text) or text[reached:start].strip():
-                raise ValueError(f"{name}: characters {reached} to {start} of {text[:60]!r}… belong to no token")
+            # Characters between two tokens are those a normaliser merged into the one before, or dropped.
+            if end < reached or end > len(text):
+                raise ValueError(
+                    f"{name}: the tokenizer places a token at {start} to {end} of {text[:60]!r}…, after {reached}"
+                )
             reached = end
             control = self._control_ids.get(token)
             # A control token may have swallowed the blanks around it (rstrip); its own place is where its name stands.
@@ -488,8 +492,6 @@ class _Encoder:
             if control is None and token in self.special_ids:
                 raise ValueError(f"{name}: the words {text[start:end]!r} become control token {token}; remove them")
             tokens.append((token if control is None else control, part))
-        if text[reached:].strip():
-            raise ValueError(f"{name}: characters from {reached} of {text[:60]!r}… belong to no token")
         return tokens
 
 

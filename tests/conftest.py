@@ -109,7 +109,10 @@ def make_llm():
 
 @pytest.fixture(scope="session")
 def make_tower(tower_config):
-    """A tiny random vision tower: "clip" has 16 rows per image and a CLS token, "siglip" 4 rows and none."""
+    """A tiny random vision tower: "clip" has 16 rows per image and a CLS token, "siglip" 4 rows and none.
+
+    As in SigLIP at 384 pixels, the size of the latter is no multiple of its patches.
+    """
 
     def make(kind: str = "clip") -> Any:
         from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
@@ -119,7 +122,7 @@ def make_tower(tower_config):
             if kind == "clip":
                 return CLIPVisionModel(CLIPVisionConfig(**tower_config)).eval()
             size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-            return SiglipVisionModel(SiglipVisionConfig(**size, image_size=28, patch_size=14)).eval()
+            return SiglipVisionModel(SiglipVisionConfig(**size, image_size=30, patch_size=14)).eval()
 
     return make
 

@@ -14,6 +14,7 @@ needs no better copy than the one that is used. Tied weights are one parameter t
 mesh of one: the same code runs everywhere.
 """
 
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -114,6 +115,9 @@ def world() -> Iterator[World]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     rank, size = dist.get_rank(), dist.get_world_size()
     yield World(rank, size, device, init_device_mesh(device.type, (size,)))
+    # Gloo's threads live on in torch's caches, and one that frees the last collective's tensor while the interpreter
+    # ends aborts the process. Collecting garbage first gives them a tenth of a second.
+    gc.collect()
     dist.destroy_process_group()  # not after an error: others may be waiting in a collective for this process
 
 
@@ -215,7 +219,7 @@ def shard(model: AlignGPTForConditionalGeneration, mesh: DeviceMesh, *, compute_
     policy = MixedPrecisionPolicy()
     if compute_dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for layer in model.model.language_model.layers:
+    for layer in model.model.decoder_layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=set(model.model.vision_tower.parameters()))
 

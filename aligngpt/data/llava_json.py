@@ -73,8 +73,8 @@ def read_llava_json(path: str | os.PathLike[str], *, num_levels: int | None = No
         raise ValueError(
             f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; needs a JSON list"
         ) from error
-    except RecursionError as error:
-        raise ValueError(f"{path}: nested too deeply; needs a JSON list of records") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise ValueError(f"{path}: {error}; needs a JSON list of records") from error
     if not isinstance(records, list):
         raise ValueError(f"{path}: holds {_kind(records)}; needs a list of records")
     return [_sample(record, number, f"{path}: record {number}", num_levels) for number, record in enumerate(records)]

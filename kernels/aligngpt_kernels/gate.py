@@ -81,6 +81,19 @@ def sample_dots(image_rows: Tensor, text_mean: Tensor, image_sample: Tensor) -> 
     return member @ dots / member.sum(1, keepdim=True).clamp(min=1)
 
 
+def mix_levels(alpha: Tensor, table: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:  # (S, N - 1), (N, D)
+    """H (S, D) in alpha's dtype, and the weights its local levels were mixed with, by the table of `align_gate`.
+
+    "average" and "global" read nothing of alpha but its shape.
+    """
+    local_rows, global_row = table.to(alpha.dtype).split([table.shape[0] - 1, 1])
+    if mode == "global":
+        return global_row.expand(alpha.shape[0], -1), torch.zeros_like(alpha)
+    weights = torch.full_like(alpha, 1 / local_rows.shape[0]) if mode == "average" else alpha
+    h = weights @ local_rows
+    return (h if mode == "local" else h + global_row), weights
+
+
 def align_gate_reference(
     image_rows: Tensor,
     text_mean: Tensor,
@@ -95,19 +108,14 @@ def align_gate_reference(
 ) -> tuple[Tensor, Tensor]:
     """The formulas above in plain PyTorch; arguments as `align_gate`."""
     dtype = sum_dtype(image_rows)
-    num_samples, num_local = text_mean.shape[0], table.shape[0] - 1
-    unused: tuple[Tensor, ...] = ()
     if mode in ("adaptive", "local"):
         dots = sample_dots(image_rows, text_mean, image_sample)
         hidden = F.gelu(F.linear(dots, w1.to(dtype), b1.to(dtype)))
-        mix = F.linear(hidden, w2.to(dtype), b2.to(dtype)).softmax(-1)
-    else:
-        unused = (image_rows, text_mean, w1, b1, w2, b2)
-        weight = 1 / num_local if mode == "average" else 0.0
-        mix = torch.full((num_samples, num_local), weight, dtype=dtype, device=table.device)
-    local_rows, global_row = table.to(dtype).split([num_local, 1])
-    h = mix @ local_rows + global_row * (0 if mode == "local" else 1)
-    return keep_in_graph(h.to(image_rows.dtype), *unused), mix
+        alpha = F.linear(hidden, w2.to(dtype), b2.to(dtype)).softmax(-1)
+        h, weights = mix_levels(alpha, table, mode)
+        return h.to(image_rows.dtype), weights
+    h, weights = mix_levels(text_mean.new_empty(text_mean.shape[0], table.shape[0] - 1, dtype=dtype), table, mode)
+    return keep_in_graph(h.to(image_rows.dtype), image_rows, text_mean, w1, b1, w2, b2), weights
 
 
 def align_gate(

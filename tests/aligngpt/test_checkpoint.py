@@ -96,7 +96,7 @@ def test_a_pickle_is_not_run(folder, tower_config):
     path, _ = folder
     trace = path / "ran"
     (path / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": Dropper(trace)}))
-    with pytest.raises(ValueError, match="is not a file of plain tensors"):
+    with pytest.raises(ValueError, match="is not a whole file of plain tensors"):
         load(path, tower_config)
     assert not trace.exists()
 
@@ -121,16 +121,18 @@ def test_a_folder_that_is_none_is_named(tmp_path):
         stored_weights(tmp_path)
 
 
-def test_parts_give_every_weight_but_the_fresh_ones(make_llm, make_tower, tmp_path):
-    llm, tower = make_llm("phi"), make_tower("siglip")
+@pytest.mark.parametrize("kind", ["phi", "gpt2", "gpt_neox"])
+def test_parts_give_every_weight_but_the_fresh_ones(make_llm, make_tower, tmp_path, kind):
+    llm, tower = make_llm(kind), make_tower("siglip")
     llm.save_pretrained(tmp_path / "llm")
     tower.save_pretrained(tmp_path / "tower")
     stored = stored_parts(tmp_path / "llm", tmp_path / "tower")
     model = AlignGPTForConditionalGeneration.from_parts(tmp_path / "llm", tmp_path / "tower")
     weights = model.state_dict()
     fresh = {name for name in weights if "align" in name or "projector" in name}
-    check_names(stored, weights.keys() - fresh, source="parts")
-    assert all(torch.equal(stored[name].read(), weights[name]) for name in weights.keys() - fresh)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    check_names(stored, weights.keys() - fresh, source="parts", tied=tied)
+    assert all(torch.equal(stored[name].read(), weights[name]) for name in weights.keys() - fresh - tied)
 
 
 def test_a_slice_is_what_the_whole_tensor_holds_there(public_folder, folder):
@@ -162,3 +164,36 @@ def test_a_file_written_anew_is_read_anew(folder):
     for value in (1.0, 2.0):
         save_file(weights | {"lm_head.weight": torch.full((320, 64), value)}, path / "model.safetensors")
         assert stored_weights(path)["lm_head.weight"].read(0, 1).unique().item() == value
+
+
+def test_a_damaged_or_foreign_folder_is_named(folder, make_llm, tmp_path_factory):
+    path, weights = folder
+    save_file(weights, path / "model.safetensors")
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole file"):
+        stored_weights(path)
+    (path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json is no index of weights"):
+        stored_weights(path)
+    llm = tmp_path_factory.mktemp("llm")
+    make_llm().save_pretrained(llm)
+    with pytest.raises(ValueError, match="holds a model of type 'llama'; wanted an AlignGPT folder"):
+        AlignGPTForConditionalGeneration.from_pretrained(llm)
+    with pytest.raises(ValueError, match="nowhere is no folder"):
+        AlignGPTForConditionalGeneration.from_pretrained(path / "nowhere")
+
+
+def test_a_legacy_bin_file_is_read(folder, tower_config):
+    path, weights = folder
+    torch.save(weights, path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert torch.equal(load(path, tower_config).state_dict()["lm_head.weight"], weights["lm_head.weight"])
+
+
+def test_a_public_folder_takes_config_values_and_a_type(public_folder, tower_config):
+    model = AlignGPTForConditionalGeneration.from_pretrained(
+        public_folder, vision_config=tower_config, align_mode="local", torch_dtype=torch.bfloat16
+    )
+    assert (model.config.align_mode, model.dtype) == ("local", torch.bfloat16)
+    with pytest.raises(ValueError, match="align_mode is 'lokal'"):
+        AlignGPTForConditionalGeneration.from_pretrained(public_folder, vision_config=tower_config, align_mode="lokal")

@@ -69,7 +69,8 @@ def test_records_as_llavas_files_have_them(tmp_path):
         (b"\xef\xbb\xbf[]", "line 1, column 1: Unexpected UTF-8 BOM"),
         (b'[\n{"id": "\xff"}]', "line 2: byte 10 is not UTF-8"),
         (b'[{"id": "a\x00"}]', "line 1, column 11: Invalid control character"),
-        (b"[" * 200_000, "nested too deeply"),
+        (b"[" * 200_000, "maximum recursion depth"),
+        (b'[{"id": ' + b"9" * 5000 + b"}]", "Exceeds the limit"),
         ({"id": "a"}, "holds an object of 1; needs a list"),
     ],
 )

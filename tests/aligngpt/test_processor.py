@@ -37,6 +37,10 @@ def message(text, *images):
     ]
 
 
+def said(content):
+    return [{"role": "user", "content": content}]
+
+
 def test_messages_and_their_rendered_text_give_the_same_inputs(processor):
     conversations = [message("What is this?", picture()), message("And these two?", picture("blue"), picture("green"))]
     direct = processor.apply_chat_template(conversations, tokenize=True)
@@ -98,6 +102,30 @@ def test_its_folder_restores_every_field(processor, config, tmp_path):
     assert torch.equal(again(picture(), text)["input_ids"], processor(picture(), text)["input_ids"])
 
 
+def test_fields_can_be_set_on_reading_and_others_are_refused(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = AlignGPTProcessor.from_pretrained(tmp_path, gate_text="all", template="llama_2")
+    assert (again.gate_text, again.template) == ("all", "llama_2")
+    with pytest.raises(ValueError, match="gate is no field of AlignGPTProcessor"):
+        AlignGPTProcessor.from_pretrained(tmp_path, gate="all")
+    with pytest.raises(ValueError, match="template is 'v2'"):
+        AlignGPTProcessor.from_pretrained(tmp_path, template="v2")
+
+
+def test_a_public_folder_has_a_processor_too(public_folder, oracle, tower_config, tmp_path):
+    for file in (*public_folder.glob("config.json"), *oracle.glob("tokenizer*"), oracle / "special_tokens_map.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    processor = AlignGPTProcessor.from_pretrained(tmp_path, vision_config=tower_config)
+    assert (processor.rows_per_image, processor.gate_text, processor.template) == (16, "all", "v1")
+    assert (processor.align_token_id, processor.image_token_id) == (320, 321)
+    assert processor.image_processor.size == 56
+
+
+def test_an_array_is_an_image_too(processor):
+    array = np.asarray(picture())
+    assert torch.equal(processor(array, "<image>")["pixel_values"], processor(picture(), "<image>")["pixel_values"])
+
+
 def test_from_parts_takes_the_towers_normalisation(config, oracle, tmp_path):
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
     AlignGPTImageProcessor(56, mean, std).save_pretrained(tmp_path)
@@ -113,9 +141,17 @@ def test_from_parts_takes_the_towers_normalisation(config, oracle, tmp_path):
         (lambda p: p(None, "<image>"), "text has 1 <image> marks; 0 images were given"),
         (lambda p: p(picture()), "text is missing"),
         (lambda p: p("nowhere.png", "<image>"), "nowhere.png"),
-        (lambda p: p.apply_chat_template([{"role": "user", "content": "<image> x"}]), "give pictures as items"),
-        (lambda p: p.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}]), "has type 'video'"),
-        (lambda p: p.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}]), "it needs 'image'"),
+        (lambda p: p("http://x/a.png", "<image>"), "image 'http://x/a.png' is a URL"),
+        (lambda p: p({}, "<image>"), "an image is a dict"),
+        (lambda p: p(picture(), "<image>", max_length=3), "the processor takes no max_length=3"),
+        (lambda p: p.apply_chat_template(message("<image> x", picture())), "conversation 0 holds <image> in a text"),
+        (lambda p: p.apply_chat_template(said([{"type": "video"}])), "conversation 0, message 0 has an item"),
+        (lambda p: p.apply_chat_template(said([{"type": "image"}])), "it needs 'type': 'text' with 'text', or"),
+        (lambda p: p.apply_chat_template(said(5)), "message 0 has role 'user' and content of type int"),
+        (lambda p: p.apply_chat_template([{"content": "x"}]), "message 0 has role None"),
+        (lambda p: p.apply_chat_template([]), "conversation is empty"),
+        (lambda p: p.apply_chat_template(said("x"), "{{ x }}"), "chat_template is given"),
+        (lambda p: p.apply_chat_template(said("x"), tokenise=True), "takes no tokenise=True"),
         (lambda p: AlignGPTProcessor.from_pretrained("tests/data/oracle"), "holds no AlignGPTProcessor"),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from aligngpt.text import IGNORE_INDEX, Part, TokenIds, Turn, render, tokenize
@@ -369,3 +369,22 @@ def test_fault_24_without_pictures_a_mark_is_a_word(template):
     tokens = tokenize(parts, tokenizer, IDS, rows_per_image=4, align=True, num_images=0)
     assert not torch.isin(tokens.input_ids, torch.tensor([IDS.image, IDS.align])).any()
     assert "<image>" in tokenizer.decode(tokens.labels[tokens.labels >= 0])
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.NFC(), normalizers.NFKC()])
+def test_characters_that_a_normaliser_merges_stay_in_their_part(normalizer):
+    """Decomposed text, as macOS and some Vietnamese and Korean data have it, under Qwen2's kind of tokenizer."""
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    turns = [Turn("user", "Cafe\u0301 u\u0308ber?"), Turn("assistant", "Mu\u0308de e\u0301")]
+    for template in ("v1", "llama_2", "plain", "chat"):
+        tokens = tokenize(
+            render(turns, template, tokenizer=tokenizer, has_images=False),
+            tokenizer,
+            IDS,
+            rows_per_image=1,
+            align=True,
+        )
+        answer = tokenizer.decode(tokens.labels[tokens.labels >= 0])
+        assert answer.startswith(("Müde é", " Müde é")), (template, answer)
+        assert "Café" not in answer

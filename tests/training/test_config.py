@@ -1,4 +1,4 @@
-"""Presets hold SPEC's numbers; wrong values are refused before anything heavy is imported."""
+"""Presets hold the paper's numbers; wrong values are refused before anything heavy is imported."""
 
 import dataclasses
 import re

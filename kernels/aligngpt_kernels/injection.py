@@ -68,12 +68,12 @@ class _Inject(torch.autograd.Function):
             return rows.masked_fill_(missing[:, None], torch.nan)
 
         at = non_image_positions(plan)
-        source = plan.source[at]
-        rows = _text_rows(ids[at], source, embed_weight, embed_scale)
-        rows = _overlay(rows, align_rows[:num_samples], -2 - source)
         out = embed_weight.new_empty(ids.shape[0], embed_weight.shape[1])
-        _write(out, plan.image_place.long(), image_rows[:num_image_rows])
-        _write(out, at, rows)
+        _write(out, at, _text_rows(ids[at], plan.source[at], embed_weight, embed_scale))
+        # An alignment row without a place goes where an image row is about to be written.
+        align_place = torch.where(plan.align_place < 0, plan.image_place[:1], plan.align_place)
+        _write(out, align_place, align_rows[:num_samples])
+        _write(out, plan.image_place, image_rows[:num_image_rows])
         return out
 
     @staticmethod
@@ -123,7 +123,7 @@ def _write(out: Tensor, at: Tensor, rows: Tensor) -> None:
     rows = rows.contiguous()
     if all((t.storage_offset() | t.shape[1]) * t.element_size() % 8 == 0 for t in (out, rows)):
         out, rows = out.view(torch.int64), rows.view(torch.int64)
-    out.index_copy_(0, at, rows)
+    out.index_copy_(0, at.long(), rows)
 
 
 def inject(

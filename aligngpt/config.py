@@ -175,7 +175,7 @@ def _nested(public: dict[str, Any], vision: PretrainedConfig | dict[str, Any] | 
         raise ValueError(
             f"mm_hidden_size is {public.get('mm_hidden_size')}; the tower's hidden_size is {vision['hidden_size']}"
         )
-    llm = {name: public[name] for name in _LLAMA_FIELDS if name in public}
+    llm = {name: public[name] for name in _LLAMA_FIELDS if public.get(name) is not None}
     return {
         "architectures": ["AlignGPTForConditionalGeneration"],
         "dtype": public.get("torch_dtype"),

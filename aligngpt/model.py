@@ -334,8 +334,9 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
         model.model.language_model = llm.base_model
         model.model.vision_tower = vision.to(head.weight.dtype).requires_grad_(False)
         model.lm_head = head
-        fresh = {name: tensor.to(head.weight) for name, tensor in fresh_align_weights(config, seed).items()}
-        model.load_state_dict(fresh, strict=False, assign=True)
+        for name, tensor in fresh_align_weights(config, seed).items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(head.weight)))
         model.generation_config = saveable(llm.generation_config)
         return model.eval()
 

@@ -2,7 +2,7 @@
 
 Order matters, and each step below is one function:
 
-    starting_point   which config and which stored weights a run starts from
+    starting_config, starting_weights   what a run starts from
     build            the model with its parameters on the meta device; buffers are real (RoPE tables and the like)
     freeze           what the run does not train
     shard            `fully_shard` on each decoder layer, then on the root: embedding, head, projector, gate and table

@@ -31,6 +31,7 @@ from aligngpt_kernels import (
     linear_cross_entropy,
     text_mean,
 )
+from aligngpt_kernels.dispatch import keep_in_graph
 from aligngpt_kernels.gate import mix_levels, sample_dots
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -200,7 +201,9 @@ class AlignGPTModel(_AlignInit, LlavaModel):
             )
         if align_levels.device.type == "cpu" and bool(((align_levels < 0) | (align_levels >= num_levels)).any()):
             raise ValueError(f"align_levels is {align_levels.tolist()}; levels are 0 to {num_levels - 1}")
-        return F.embedding(align_levels, self.align_table)
+        rows = F.embedding(align_levels, self.align_table)
+        # A rank whose batch is text alone goes by the gate; a gate that trains must then get a gradient here too.
+        return keep_in_graph(rows, *self.align_gate.parameters()) if self.training else rows
 
     def _gated_rows(self, image_rows: Tensor, mean: Tensor, plan: InjectionPlan) -> tuple[Tensor, Tensor]:
         """Stage 2's H (S, D) and the weights of the local levels (S, N-1)."""

@@ -2,6 +2,7 @@
 
     RUN/config.json                    {"config": …, "stage": …, "environment": …}, written once a batch is there
     RUN/metrics.jsonl                  a line a step
+    RUN/lock                           held by the run that is at work
     RUN/checkpoints/step-00000500/     sharded: trained weights and AdamW's moments, torch.distributed.checkpoint
     RUN/LATEST                         name of the checkpoint to go on from
     RUN/model/                         the result: safetensors, config and processor, for `from_pretrained`
@@ -12,12 +13,13 @@ are computed from (seed, step). DCP's metadata is a pickle: checkpoints are for 
 exchange.
 """
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -50,14 +52,22 @@ def steps_done(config: TrainConfig) -> int | None:
     """
     folder = Path(config.run_dir)
     if not folder.exists():
+        existing = next(parent for parent in folder.parents if parent.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+            raise ValueError(f"--run-dir is {folder}; {existing} needs to be a folder that can be written to")
         return 0
     if not folder.is_dir():
         raise ValueError(f"--run-dir is {folder}, a file; it needs a folder of its own")
     if not (folder / "config.json").is_file():
-        if any(folder.iterdir()):
+        if any(item.name not in ("checkpoints", "lock") for item in folder.iterdir()):
             raise ValueError(f"--run-dir is {folder}, which holds other files; it needs an empty or a new folder")
         return 0
-    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+    try:
+        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--run-dir is {folder}, whose config.json is no run's; it needs a folder of its own"
+        ) from error
     if not config.resume:
         raise ValueError(f"--run-dir is {folder}, which already holds a run; it needs a new folder, or --resume")
     different = differences(to_json(config), theirs)
@@ -74,15 +84,29 @@ def steps_done(config: TrainConfig) -> int | None:
     return _step_of(latest.read_text(encoding="utf-8").strip())
 
 
-def create_run(config: TrainConfig, stage: Stage) -> None:
-    """Make the folder with its config.json, or clear a resumed one of what an interrupted save left."""
+def create_run(config: TrainConfig, stage: Stage) -> IO[str]:
+    """Make the folder with its config.json, or clear a resumed one of what an interrupted save left.
+
+    Returns the folder's lock; it is free again when the file is closed or the process ends, however it ends.
+
+    Raises:
+        ValueError: another run is at work in the folder.
+    """
     folder = Path(config.run_dir)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    lock = (folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(
+            f"--run-dir is {folder}, in which another run is at work; it needs a folder of its own"
+        ) from error
     for stale in [*folder.glob("*.tmp"), *folder.glob("checkpoints/*.tmp")]:
         _remove(stale)
     if not (folder / "config.json").exists():
         resolved = {"stage": stage, "config": to_json(config), "environment": environment()}
         _write(folder / "config.json", json.dumps(resolved, indent=2) + "\n")
+    return lock
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -96,10 +120,12 @@ def save(config: TrainConfig, step: int, model: nn.Module, optimizer: torch.opti
     dcp.save(_state(model, optimizer), checkpoint_id=temporary)
     world.add(0)
     if world.rank == 0:
-        _remove(final)  # of a run that went on from an earlier checkpoint
+        _remove(final)
         os.replace(temporary, final)
         _write(Path(config.run_dir) / "LATEST", final.name + "\n")
-        for old in sorted(folder.glob("step-*[0-9]"))[: -config.keep_last]:
+        kept = sorted(folder.glob("step-*[0-9]"))
+        later = [path for path in kept if path.name > final.name]  # of a run that went on from an earlier checkpoint
+        for old in later + kept[: len(kept) - len(later)][: -config.keep_last]:
             _remove(old)
     world.add(0)
 

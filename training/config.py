@@ -98,7 +98,7 @@ class TrainConfig:
     """Samples a process takes through the model at once; the rest of its share follows in further micro-batches."""
     epochs: int = 1
     max_steps: int | None = None
-    """Stop, and plan the learning rate, for so many optimizer steps. None: all epochs."""
+    """Optimizer steps of the run, instead of --epochs."""
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of forward and backward; trained weights and optimizer are fp32 either way."""
@@ -338,7 +338,9 @@ def environment() -> dict[str, Any]:
         # Only if this very file is tracked: an installed package may lie inside somebody else's repository.
         subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+        ).stdout
         versions["commit"] = commit + ("-changed" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         versions["commit"] = None  # an installed package, or no git here

@@ -9,6 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +62,7 @@ def train(config: TrainConfig, stage: Stage) -> None:
         processor = make_processor(config, model_config)
         samples = read_samples(config, model_config, processor)
         order = make_order(config, samples)
-        total_steps = min(config.epochs * order.steps_per_epoch, config.max_steps or math.inf)
-        assert isinstance(total_steps, int)
+        total_steps = config.max_steps or config.epochs * order.steps_per_epoch
         plan = [
             share(batch, rank=world.rank, world_size=world.size, per_device=config.per_device_batch_size)
             for batch in order.steps(first_step, total_steps)
@@ -74,12 +74,14 @@ def train(config: TrainConfig, stage: Stage) -> None:
         optimizer = optim.make_optimizer(model.named_parameters(), config.optim)
         if first_step:
             checkpointing.load(config, first_step, model, optimizer)
-        if world.rank == 0:
-            checkpointing.create_run(config, stage)
-        world.add(0)
-        with Metrics(
-            Path(config.run_dir), first_step=first_step, total_steps=total_steps, enabled=world.rank == 0
-        ) as metrics:
+        with ExitStack() as held:
+            if world.rank == 0:
+                held.enter_context(checkpointing.create_run(config, stage))
+            world.add(0)
+            metrics = Metrics(
+                Path(config.run_dir), first_step=first_step, total_steps=total_steps, enabled=world.rank == 0
+            )
+            held.enter_context(metrics)
             numbered = enumerate(itertools.chain(first, steps), first_step)
             try:
                 run_steps(config, model, optimizer, numbered, total_steps, order.steps_per_epoch, metrics, world)
@@ -87,7 +89,7 @@ def train(config: TrainConfig, stage: Stage) -> None:
                 raise
             except ValueError as error:  # one process's own, so no message for all of them
                 raise RuntimeError("a training step failed") from error
-        checkpointing.export(config, model, weights, processor, world)
+            checkpointing.export(config, model, weights, processor, world)
         say(world, f"model written to {config.run_dir}/model")
 
 
@@ -138,9 +140,9 @@ def run_steps(
             data_seconds=step.data_seconds,
             peak_memory_bytes=peak_memory_bytes(world.device),
         )
-        started = now
         if (number + 1) % config.save_every == 0 or number + 1 == total_steps:
             checkpointing.save(config, number + 1, model, optimizer, world)
+        started = time.perf_counter()
 
 
 def read_steps(samples: Samples, plan: list[list[list[int]]], world: World, *, workers: int) -> Iterator[Step]:

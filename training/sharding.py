@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -101,10 +102,10 @@ def world() -> Iterator[World]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if processes > gpus:
             raise ValueError(
-                f"process {local_rank} of this machine finds {torch.cuda.device_count()} GPUs; "
-                "--nproc-per-node needs to be their number"
+                f"--nproc-per-node is {processes}; this machine has {gpus} GPUs, and each process needs one"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -136,7 +137,13 @@ def starting_config(model: ModelConfig, *, image_aspect_ratio: str) -> AlignGPTC
             raise ValueError(
                 f"--model.init {model.init} holds a {raw.get('model_type')!r} model; it needs an AlignGPT folder"
             )
-        config = AlignGPTConfig.from_dict(raw)
+        try:
+            config = AlignGPTConfig.from_dict(raw)
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"--model.init {model.init}: its config.json cannot be used ({error}); "
+                "for a public folder set mm_vision_tower there to a local folder of its tower"
+            ) from error
         if is_public(raw):  # its config does not say how large the table is
             config.num_align_levels = stored_weights(model.init)[TABLE].shape[0]
     else:
@@ -158,8 +165,9 @@ def starting_weights(model: ModelConfig, config: AlignGPTConfig, *, seed: int) -
     weights: dict[str, Stored] = {}
     if model.init:
         weights.update(stored_weights(model.init))
-        if model.random_table:
-            weights[TABLE] = fresh[TABLE]
+        if model.random_table:  # not the one that this seed gave the first stage to start from
+            other_seed = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+            weights[TABLE] = Fresh(fresh_align_weights(config, other_seed)[TABLE])
     else:
         weights.update(stored_parts(model.llm, model.vision))
         config.lm_head_bias = "lm_head.bias" in weights
@@ -192,7 +200,11 @@ def set_dtype(config: AlignGPTConfig, dtype: torch.dtype) -> None:
 
 
 def freeze(model: AlignGPTForConditionalGeneration, train: tuple[TrainedPart, ...]) -> None:
-    """Leave only the named parts trainable, and of those only what the config's `align_mode` uses."""
+    """Leave only the named parts trainable, and of those only what the config's `align_mode` uses.
+
+    Raises:
+        ValueError: that is nothing.
+    """
     mode = model.config.align_mode
     parts: dict[TrainedPart, list[nn.Parameter]] = {
         "llm": [*model.model.language_model.parameters(), *model.lm_head.parameters()],
@@ -204,6 +216,10 @@ def freeze(model: AlignGPTForConditionalGeneration, train: tuple[TrainedPart, ..
     for part in train:
         for parameter in parts[part]:
             parameter.requires_grad_(True)
+    if not any(parts[part] for part in train):
+        raise ValueError(
+            f"--model.train is {' '.join(train)}, which align_mode {mode!r} has no use for; name another part"
+        )
 
 
 def recompute_layers(model: AlignGPTForConditionalGeneration) -> None:
@@ -282,6 +298,9 @@ def _read(parameter: nn.Parameter, stored: Stored, dtype: torch.dtype, world: Wo
 
 def _part_config(flag: str, folder: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"--model.{flag} {folder} holds no model that transformers knows: {error}") from error
+    if config.model_type == AlignGPTConfig.model_type:
+        raise ValueError(f"--model.{flag} {folder} holds an AlignGPT model; give that one to --model.init")
+    return config

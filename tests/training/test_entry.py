@@ -86,6 +86,12 @@ def weights_of_another_model(parts: Any, tmp_path: Path) -> Flags:
     return {"--model.llm": folder}
 
 
+def an_aligngpt_folder_as_llm(parts: Any, tmp_path: Path) -> Flags:
+    (tmp_path / "aligngpt").mkdir()
+    (tmp_path / "aligngpt/config.json").write_text('{"model_type": "aligngpt", "text_config": {"model_type": "llama"}}')
+    return {"--model.llm": tmp_path / "aligngpt"}
+
+
 def not_an_aligngpt_folder(parts: Any, tmp_path: Path) -> Flags:
     return {"--model.llm": "", "--model.vision": "", "--model.init": parts.llms["llama"]}
 
@@ -103,6 +109,10 @@ def not_an_aligngpt_folder(parts: Any, tmp_path: Path) -> Flags:
         (wrong_model, ["vision", "llama"]),
         (weights_of_another_model, ["/llm", "missing", "model.language_model.layers.2.mlp.down_proj.weight"]),
         (not_an_aligngpt_folder, ["--model.init", "/llama", "AlignGPT"]),
+        (lambda parts, tmp: {"--run-dir": parts.llms["llama"]}, ["--run-dir", "/llama", "config.json is no run's"]),
+        (lambda parts, tmp: {"--run-dir": parts.captions / "run"}, ["--run-dir", "captions.json", "a folder that can"]),
+        (an_aligngpt_folder_as_llm, ["--model.llm", "/aligngpt", "give that one to --model.init"]),
+        (lambda parts, tmp: {"--model.train": "gate", "--model.align-mode": "none"}, ["--model.train is gate", "none"]),
     ],
 )
 def test_bad_file(

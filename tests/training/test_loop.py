@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
@@ -21,7 +21,8 @@ from aligngpt.batch import Batch
 from aligngpt.model import AlignGPTForConditionalGeneration, fresh_align_weights
 from aligngpt.processor import AlignGPTProcessor
 from training import optim
-from training.config import TrainConfig, tiny
+from training.checkpointing import create_run
+from training.config import TrainConfig, read_command_line, tiny
 from training.loader import Samples, share
 from training.loop import make_order, make_processor, read_samples
 from training.sharding import starting_config
@@ -238,12 +239,14 @@ def test_bf16_with_recomputed_layers_follows_fp32(stages: Stages, launch: Launch
         1,
         "--epochs",
         2,
+        "--optim.clip-norm",
+        0.05,
     ]
-    flags += ["--per-device-batch-size", 1, "--optim.clip-norm", 0.05]
     run = launch("pretrain", tmp_path / "run", *flags, "--precision", "bf16", "--gradient-checkpointing", processes=2)
     assert run.status == 0, run.output
     assert "instead of the fused op" not in run.output
     assert run.losses == pytest.approx(stages.stage_1[0].losses, rel=2e-3)
+    assert max(abs(a - b) for a, b in zip(run.losses, stages.stage_1[0].losses, strict=True)) > 1e-5  # it was bf16
     ours, theirs = weights_of(run), weights_of(stages.stage_1[0])
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if "projector" not in name and name != TABLE)
     assert not torch.equal(ours[TABLE], ours[TABLE].bfloat16().float())  # its master is fp32
@@ -270,3 +273,76 @@ def test_stage_2_starts_from_a_public_folder(launch: Launch, tmp_path: Path, par
     assert torch.equal(weights[TABLE], before["align_indicators.indicator_embs"])
     for ours, theirs in (("lm_head.weight", "lm_head.weight"), ("model.align_gate.linear_1.weight", GATE)):
         assert not torch.equal(weights[ours], before[theirs])
+
+
+def stage_1_flags(parts: Any) -> list[object]:
+    flags: list[object] = ["--model.llm", parts.llms["llama"], "--model.vision", parts.vision, "--data.workers", 0]
+    return [*flags, "--data.path", parts.captions, "--data.image-folder", parts.images]
+
+
+def test_a_gate_trains_beside_levels_when_one_process_has_text_alone(
+    launch: Launch, tmp_path: Path, parts: Any
+) -> None:
+    """Levels are looked up where there are images; the gate's gradient must be zero there, not absent."""
+    flags = [*stage_1_flags(parts), "--model.train", "projector", "table", "gate"]
+    flags += ["--global-batch-size", 4, "--per-device-batch-size", 1]
+    runs = [launch("pretrain", tmp_path / str(n), *flags, processes=n) for n in (1, 2)]
+    for run in runs:
+        assert run.status == 0, run.output
+    assert runs[0].losses == pytest.approx(runs[1].losses, abs=1e-5)
+
+
+def test_the_random_table_is_neither_what_stage_1_began_with_nor_what_it_left(
+    launch: Launch, tmp_path: Path, parts: Any
+) -> None:
+    first = launch("pretrain", tmp_path / "1", *stage_1_flags(parts), "--max-steps", 1)
+    flags: list[object] = ["--model.init", tmp_path / "1/model", "--data.path", parts.chats, "--max-steps", 3]
+    flags += ["--data.image-folder", parts.images, "--data.workers", 0, "--model.random-table"]
+    second = launch("finetune", tmp_path / "2", *flags)
+    assert first.status == second.status == 0, first.output + second.output
+    assert len(second.losses) == 3  # --max-steps alone decides: an epoch has two steps
+    model = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "2/model")
+    tables = [weights_of(first)[TABLE], fresh_align_weights(model.config, 0)[TABLE]]
+    for table in tables:
+        both = torch.stack([table.flatten(), model.model.align_table.detach().flatten()])
+        assert abs(torch.corrcoef(both)[0, 1]) < 0.3  # 256 independent numbers
+
+
+def test_fault_38_a_gradient_that_is_not_finite_stops_before_the_weights_change(
+    launch: Launch, tmp_path: Path, parts: Any
+) -> None:
+    broken = Path(shutil.copytree(parts.llms["llama"], tmp_path / "llm"))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    run = launch("pretrain", tmp_path / "run", *stage_1_flags(parts), "--model.llm", broken)
+    assert run.status == 1
+    assert "error: step 1: the gradient's norm is nan; the weights were not changed" in run.output
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_fault_49_a_second_run_in_the_folder_is_refused(launch: Launch, tmp_path: Path, parts: Any) -> None:
+    config = read_command_line(
+        "pretrain", ["tiny", "--run-dir", str(tmp_path / "run"), *map(str, stage_1_flags(parts))]
+    )
+    with create_run(config, "pretrain"):
+        run = launch("pretrain", tmp_path / "run", *stage_1_flags(parts))
+        assert run.status == 1
+        assert "in which another run is at work" in run.output
+    assert launch("pretrain", tmp_path / "run", *stage_1_flags(parts)).status == 0
+
+
+def test_going_back_to_an_earlier_checkpoint_keeps_what_is_written_then(
+    launch: Launch, tmp_path: Path, parts: Any
+) -> None:
+    flags = [*stage_1_flags(parts), "--max-steps", 4, "--save-every", 1]
+    run = launch("pretrain", tmp_path / "run", *flags, "--keep-last", 4)
+    assert run.status == 0, run.output
+    shutil.rmtree(tmp_path / "run/model")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000003")
+    (tmp_path / "run/LATEST").write_text("step-00000002\n")
+    again = launch("pretrain", tmp_path / "run", *flags, "--keep-last", 1)
+    assert again.status == 0, again.output
+    assert again.losses == run.losses
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000004"]

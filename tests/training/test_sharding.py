@@ -12,6 +12,7 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 
+from aligngpt.model import AlignGPTForConditionalGeneration
 from training import sharding
 from training.config import ModelConfig
 
@@ -90,14 +91,30 @@ def test_weights_that_do_not_fit_are_listed(parts: Any, tmp_path: Path, change: 
     dist.destroy_process_group()
 
 
-def test_every_gradient_of_a_mode_is_of_a_weight_that_it_uses(parts: Any) -> None:
-    """The ablations: what is left frozen because a mode has no use for it."""
+def test_a_mode_leaves_frozen_what_it_has_no_use_for(parts: Any) -> None:
     for mode, trained in (
         ("adaptive", {"multi_modal_projector", "align_gate", "align_table"}),
+        ("local", {"multi_modal_projector", "align_gate", "align_table"}),
         ("global", {"multi_modal_projector", "align_table"}),
+        ("average", {"multi_modal_projector", "align_table"}),
         ("none", {"multi_modal_projector"}),
     ):
         model_config = ModelConfig(llm=str(parts.llms["llama"]), vision=str(parts.vision), align_mode=mode)  # type: ignore[arg-type]
         model = sharding.build(sharding.starting_config(model_config, image_aspect_ratio="pad"))
         sharding.freeze(model, ("projector", "gate", "table"))
         assert {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad} == trained
+    with pytest.raises(ValueError, match=r"model\.train is gate table, which align_mode 'none' has no use for"):
+        sharding.freeze(model, ("gate", "table"))
+
+
+def test_recomputed_layers_run_again_in_the_backward_pass(make_llm: Any, make_tower: Any) -> None:
+    model = AlignGPTForConditionalGeneration.from_parts(make_llm(), make_tower()).train()
+    sharding.recompute_layers(model)
+    runs = []
+    for layer in model.model.decoder_layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    ids = torch.arange(3, 20)[None]
+    loss = model(input_ids=ids, labels=ids).loss
+    assert len(runs) == len(model.model.decoder_layers)
+    loss.backward()
+    assert len(runs) == 2 * len(model.model.decoder_layers)

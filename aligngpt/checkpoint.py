@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import is_public
+from .config import AlignGPTConfig, is_public
 
 # Regular expressions, tried in order; the first that matches the start of a stored name renames it. None: dropped.
 Renames = tuple[tuple[str, str | None], ...]
@@ -116,6 +116,15 @@ def stored_weights(folder: str | Path) -> dict[str, StoredTensor]:
     """Weights of an AlignGPT folder, ours or the public one, by our names."""
     names = PUBLIC_NAMES if is_public(read_config(folder)) else ((r"(model|lm_head)\.", r"\1."),)
     return _renamed(_stored(folder), names, folder)
+
+
+def set_align_sizes(config: AlignGPTConfig, stored: Mapping[str, StoredTensor]) -> None:
+    """Take from a public folder's weights what its config does not say: how large table and gate are."""
+    table, gate = "model.align_table", "model.align_gate.linear_1.weight"
+    missing = [name for name in (table, gate) if name not in stored]
+    if missing:
+        raise ValueError(f"the folder's weights lack {', '.join(missing)}; an AlignGPT folder has them")
+    config.num_align_levels, config.gate_hidden_size = stored[table].shape[0], stored[gate].shape[0]
 
 
 def stored_parts(llm: str | Path, vision: str | Path) -> dict[str, StoredTensor]:

@@ -48,7 +48,7 @@ from transformers import initialization as init
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaMultiModalProjector
 from transformers.utils import can_return_tuple
 
-from .checkpoint import check_names, read_config, stored_weights
+from .checkpoint import check_names, read_config, set_align_sizes, stored_weights
 from .config import AlignGPTConfig, is_public, known_fields
 
 logger = logging.getLogger(__name__)
@@ -385,8 +385,7 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
             wanted = cls(config).state_dict()
         tied = ["lm_head.weight"] if config.tie_word_embeddings else []
         check_names(stored, wanted, source=str(folder), tied=tied)
-        config.num_align_levels = stored["model.align_table"].shape[0]
-        config.gate_hidden_size = stored["model.align_gate.linear_1.weight"].shape[0]
+        set_align_sizes(config, stored)
         kwargs["dtype"] = kwargs.pop("torch_dtype", None) or kwargs.get("dtype") or config.dtype
         weights = {name: tensor.read() for name, tensor in stored.items()}
         return super().from_pretrained(None, config=config, state_dict=weights, **kwargs)

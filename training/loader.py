@@ -159,9 +159,7 @@ class Samples(Dataset[Batch | BadSample]):
         if self.levels == "random":
             return random_level(self.seed, sample.record, self.num_levels)
         if sample.level is None:
-            raise ValueError(
-                f"record {sample.record} (id {sample.id}) has no align_level; score them, or give --data.levels random"
-            )
+            raise ValueError(f"{sample.name} has no align_level; score them, or give --data.levels random")
         return sample.level
 
     def dummy(self) -> Example:

@@ -17,11 +17,9 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
-from transformers import AutoTokenizer
 
 from aligngpt.batch import Batch
-from aligngpt.checkpoint import read_config
-from aligngpt.config import AlignGPTConfig, is_public
+from aligngpt.config import AlignGPTConfig
 from aligngpt.data.llava_json import read_llava_json
 from aligngpt.model import AlignGPTForConditionalGeneration
 from aligngpt.processor import AlignGPTImageProcessor, AlignGPTProcessor
@@ -170,16 +168,17 @@ def make_processor(config: TrainConfig, model_config: AlignGPTConfig) -> AlignGP
     """The processor of the model's config, with the run's template, aspect ratio and length."""
     data, model = config.data, config.model
     try:
-        if model.init and not is_public(read_config(model.init)):
-            saved = AlignGPTProcessor.from_pretrained(model.init).image_processor
+        if model.init:
+            saved = AlignGPTProcessor.from_pretrained(model.init)
+            pictures = saved.image_processor
             image_processor = AlignGPTImageProcessor(
-                saved.size, saved.image_mean, saved.image_std, data.image_aspect_ratio
+                pictures.size, pictures.image_mean, pictures.image_std, data.image_aspect_ratio
             )
-            tokenizer = AutoTokenizer.from_pretrained(model.init)
-            return AlignGPTProcessor.for_model(model_config, image_processor, tokenizer, data.template, data.max_length)
-        llm, vision = (model.init or model.llm), (model.init or model.vision)
+            return AlignGPTProcessor.for_model(
+                model_config, image_processor, saved.tokenizer, data.template, data.max_length
+            )
         return AlignGPTProcessor.from_parts(
-            llm, vision, model_config, template=data.template, max_length=data.max_length
+            model.llm, model.vision, model_config, template=data.template, max_length=data.max_length
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{model.init or model.llm} gives no tokenizer or processor: {error}") from error

@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig
 
-from aligngpt.checkpoint import check_names, read_config, stored_parts, stored_weights
+from aligngpt.checkpoint import check_names, read_config, set_align_sizes, stored_parts, stored_weights
 from aligngpt.config import AlignGPTConfig, is_public
 from aligngpt.model import AlignGPTForConditionalGeneration, fresh_align_weights
 from training.config import ModelConfig, TrainedPart
@@ -144,8 +144,8 @@ def starting_config(model: ModelConfig, *, image_aspect_ratio: str) -> AlignGPTC
                 f"--model.init {model.init}: its config.json cannot be used ({error}); "
                 "for a public folder set mm_vision_tower there to a local folder of its tower"
             ) from error
-        if is_public(raw):  # its config does not say how large the table is
-            config.num_align_levels = stored_weights(model.init)[TABLE].shape[0]
+        if is_public(raw):
+            set_align_sizes(config, stored_weights(model.init))
     else:
         llm, vision = (_part_config(flag, folder) for flag, folder in (("llm", model.llm), ("vision", model.vision)))
         config = AlignGPTConfig.from_parts(llm, vision, num_align_levels=model.num_levels or 8)
@@ -161,7 +161,6 @@ def starting_weights(model: ModelConfig, config: AlignGPTConfig, *, seed: int) -
     Raises:
         ValueError: a folder without weights, or with names that belong to no such model.
     """
-    fresh = {name: Fresh(tensor) for name, tensor in fresh_align_weights(config, seed).items()}
     weights: dict[str, Stored] = {}
     if model.init:
         weights.update(stored_weights(model.init))
@@ -171,7 +170,7 @@ def starting_weights(model: ModelConfig, config: AlignGPTConfig, *, seed: int) -
     else:
         weights.update(stored_parts(model.llm, model.vision))
         config.lm_head_bias = "lm_head.bias" in weights
-        weights.update(fresh)
+        weights.update({name: Fresh(tensor) for name, tensor in fresh_align_weights(config, seed).items()})
     return weights
 
 

@@ -18,6 +18,8 @@ TRAIN = [
     "protobuf>=4",  # transformers needs it to convert tokenizer.model
     "pillow>=10",  # image decoding and resizing, the reference of every back-end
     "tqdm>=4.66",  # progress bars
+    "pyarrow>=17",  # Parquet files of scores and levels
+    "matplotlib>=3.9",  # pictures of a cut into levels
     "tyro>=0.9",  # every field of a training config on the command line
 ]
 
@@ -44,7 +46,7 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
-        "dali": ["nvidia-dali-cuda130>=2.4"],  # JPEG decoding on the GPU, CUDA 13
+        "dali": ["nvidia-dali-cuda130>=2.4"],  # image decoding in training: GPUs with CUDA 13, or none
         "dali-cu12": ["nvidia-dali-cuda120>=2.4"],  # the same for CUDA 12
         "flash": [
             "flash-attn>=2.8"
@@ -58,6 +60,8 @@ setup(
             "pytest-benchmark>=5",  # times benchmarks/
             "ruff==0.17.6",  # formatter and linter, pinned so that a check means the same everywhere
             "mypy==2.4.1",  # type checker, pinned likewise
+            # decodes images in training; tested against PIL
+            'nvidia-dali-cuda130>=2.4; platform_system == "Linux" and platform_machine == "x86_64"',
             "setuptools>=77",  # builds the wheel that tests/test_layers.py installs
             "gguf>=0.10",  # reads SmolLM2 from its PyPI package in docs/real-run.md
         ],

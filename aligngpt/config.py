@@ -196,7 +196,7 @@ def _tower_config(tower: str | None) -> dict[str, Any]:
     if tower in KNOWN_TOWERS:
         return dict(KNOWN_TOWERS[tower])
     try:
-        config = AutoConfig.from_pretrained(tower, local_files_only=True)
+        config = AutoConfig.from_pretrained(tower, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"mm_vision_tower is {tower!r}, neither a local folder nor one of {', '.join(KNOWN_TOWERS)}; "

@@ -3,12 +3,14 @@
     open_image   bytes or path -> PIL RGB, fully decoded or refused
     preprocess   PIL RGB       -> float32 (3, size, size): resize, crop, (x / 255 - mean) / std
 
-    aspect "square": the short side becomes `size` (bicubic, the long side int(size · long / short)), centre crop.
-    aspect "pad":    pasted into the centre of a square canvas of colour int(mean · 255), then as above.
+    aspect "square":  the short side becomes `size` (bicubic, the long side int(size · long / short)), centre crop.
+    aspect "pad":     pasted into the centre of a square canvas of colour int(mean · 255), then as above.
+    aspect "stretch": both sides become `size`, nothing is cut; SigLIP's way, for scoring.
 
-These are the public code's steps with CLIP's image processor, to the bit (`tests/data/oracle/image_preprocess.npz`).
-PIL alone does them. Everything is in RGB: gray, palette, CMYK, alpha and 16-bit images go through PIL's
-`convert("RGB")`. EXIF orientation is ignored: pixels are taken as stored, as in the public code.
+The first two are the public code's steps with CLIP's image processor, to the bit
+(`tests/data/oracle/image_preprocess.npz`). PIL alone does them. Everything is in RGB: gray, palette, CMYK, alpha and
+16-bit images go through PIL's `convert("RGB")`. EXIF orientation is ignored: pixels are taken as stored, as in the
+public code.
 
 What a file may cost is decided from its header: more than `MAX_PIXELS` pixels are refused before anything is decoded,
 and only the raster formats of `FORMATS` are tried (PIL would hand an EPS file to Ghostscript). A file cut inside its
@@ -29,7 +31,7 @@ from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # PIL's own warning threshold: 256 MiB of RGB
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-ASPECTS = ("square", "pad")
+ASPECTS = ("square", "pad", "stretch")
 
 
 class ImageError(ValueError):
@@ -86,10 +88,12 @@ def preprocess(
     mean: Sequence[float],
     std: Sequence[float],
     aspect: str,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> torch.Tensor:
     """Pixels of an RGB image, float32 (3, size, size), normalised with `mean` and `std` (3 numbers each, of 0..1).
 
-    aspect: "square" (stage 1) or "pad" (stage 2); see the module's docstring.
+    aspect: "square" (stage 1), "pad" (stage 2) or "stretch"; see the module's docstring.
+    resample: PIL's filter; every model here but SigLIP 2 (bilinear) was trained with bicubic.
     ImageError: a shape so long that resizing it would need more than `MAX_PIXELS` pixels.
     """
     if aspect not in ASPECTS:
@@ -100,7 +104,10 @@ def preprocess(
         raise ValueError(f"mean and std have {len(mean)} and {len(std)} numbers; RGB needs 3 each")
     if aspect == "pad":
         image = _pad_to_square(image, tuple(int(channel * 255) for channel in mean))
-    image = _resize_and_crop(image, size)
+    if aspect == "stretch":
+        image = image.resize((size, size), resample)
+    else:
+        image = _resize_and_crop(image, size, resample)
     # float64 until the rescaled value, as CLIP's image processor computes it
     scaled = (np.asarray(image, dtype=np.float64) * (1 / 255)).astype(np.float32)
     pixels = (scaled - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
@@ -118,12 +125,12 @@ def _pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
     return canvas
 
 
-def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+def _resize_and_crop(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
     width, height = image.size
     long = int(size * max(width, height) / min(width, height))
     new_width, new_height = (size, long) if width <= height else (long, size)
     _check_pixels(image, new_width, new_height)
-    image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+    image = image.resize((new_width, new_height), resample)
     left, top = (new_width - size) // 2, (new_height - size) // 2
     return image.crop((left, top, left + size, top + size))
 

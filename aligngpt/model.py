@@ -327,8 +327,10 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
         Modules are taken over, not copied, and take the LLM's floating type. Projector, gate and table start fresh
         from `seed`. `align` sets any field of `AlignGPTConfig`, such as `align_mode="none"` or `num_align_levels=4`.
         """
-        llm = llm if isinstance(llm, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(llm)
-        vision = vision if isinstance(vision, PreTrainedModel) else AutoModel.from_pretrained(vision)
+        if not isinstance(llm, PreTrainedModel):
+            llm = AutoModelForCausalLM.from_pretrained(llm, trust_remote_code=False)
+        if not isinstance(vision, PreTrainedModel):
+            vision = AutoModel.from_pretrained(vision, trust_remote_code=False)
         vision = getattr(vision, "vision_model", vision) if hasattr(vision.config, "vision_config") else vision
         head = llm.get_output_embeddings()
         config = AlignGPTConfig.from_parts(llm.config, vision.config, lm_head_bias=head.bias is not None, **align)

@@ -135,7 +135,9 @@ class AlignGPTProcessor(ProcessorMixin):
         """Processor of a new model: the LLM folder's tokenizer, the tower folder's mean and deviation."""
         mean, std = _normalisation(vision)
         image_processor = AlignGPTImageProcessor(config.vision_config.image_size, mean, std, config.image_aspect_ratio)
-        return cls.for_model(config, image_processor, AutoTokenizer.from_pretrained(llm), template, max_length)
+        return cls.for_model(
+            config, image_processor, AutoTokenizer.from_pretrained(llm, trust_remote_code=False), template, max_length
+        )
 
     @classmethod
     def for_model(
@@ -193,7 +195,7 @@ class AlignGPTProcessor(ProcessorMixin):
             raise ValueError(f"{pretrained_model_name_or_path} holds no {cls.__name__}: {error}") from error
         pictures = saved.pop("image_processor")
         pictures.pop("image_processor_type", None)
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **loading)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **loading)
         return cls(AlignGPTImageProcessor(**pictures), tokenizer, **(saved | fields))
 
     def fields(self) -> dict[str, Any]:

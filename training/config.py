@@ -10,6 +10,7 @@ Hyper-parameters: AlignGPT (arXiv 2405.14129), the scripts of its public impleme
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from typing import Any, Literal
 
 Stage = Literal["pretrain", "finetune"]
 TrainedPart = Literal["llm", "projector", "gate", "table"]  # the vision tower is frozen, always
+LEVEL_WORDS = ("record", "random", "none")  # what --data.levels may be beside a file
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,11 @@ class DataConfig:
     """LLaVA JSON file."""
     image_folder: str = ""
     """Folder that the records' image paths are relative to."""
-    levels: Literal["record", "random", "none"] = "record"
-    """Alignment level of a sample: its record's align_level, a random one, or none, which leaves it to the gate."""
+    levels: str = "record"
+    """Alignment level of a sample: a file that `aligngpt levels` made, "record" (its record's align_level), "random",
+    or "none", which leaves it to the gate."""
+    levels_hash: str = ""
+    """Hash of the --data.levels file. Filled in by the run, which is then never resumed with other levels."""
     template: Literal["plain", "v1", "llama_2", "chat"] = "plain"
     """Conversation template; "chat" is the tokenizer's own."""
     image_aspect_ratio: Literal["square", "pad"] = "square"
@@ -62,6 +67,9 @@ class DataConfig:
     """Longest sequence in tokens; what is longer is cut."""
     order: Literal["shuffle", "grouped"] = "shuffle"
     """Plain shuffle, or a shuffle in which a batch holds only text or only images, sorted by length."""
+    decoder: Literal["auto", "dali", "pil"] = "auto"
+    """What decodes and resizes images; the two differ by up to 4/255. "auto" is DALI where it is installed, else PIL,
+    and the run keeps what it began with."""
     workers: int = 4
     """Processes that load samples, for each training process; 0 loads in the training process."""
 
@@ -197,7 +205,7 @@ def read_command_line(stage: Stage, args: list[str] | None = None) -> TrainConfi
     )
     config = with_absolute_paths(config)
     check(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    return config
+    return with_levels_hash(config)
 
 
 def unknown_flags(args: list[str], config: TrainConfig) -> str | None:
@@ -229,14 +237,33 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         return os.path.abspath(os.path.expanduser(path)) if path else ""
 
     model, data = config.model, config.data
+    levels = data.levels if data.levels in LEVEL_WORDS else absolute(data.levels)
     return dataclasses.replace(
         config,
         run_dir=absolute(config.run_dir),
         model=dataclasses.replace(
             model, llm=absolute(model.llm), vision=absolute(model.vision), init=absolute(model.init)
         ),
-        data=dataclasses.replace(data, path=absolute(data.path), image_folder=absolute(data.image_folder)),
+        data=dataclasses.replace(
+            data, path=absolute(data.path), image_folder=absolute(data.image_folder), levels=levels
+        ),
     )
+
+
+def with_levels_hash(config: TrainConfig) -> TrainConfig:
+    """The same config with the hash of its levels file, if it names one.
+
+    Raises:
+        ValueError: the config states another hash.
+    """
+    data = config.data
+    found = ""
+    if data.levels not in LEVEL_WORDS:
+        with open(data.levels, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    if data.levels_hash not in ("", found):
+        raise ValueError(f"--data.levels-hash is {data.levels_hash}; --data.levels {data.levels} has {found!r}")
+    return dataclasses.replace(config, data=dataclasses.replace(data, levels_hash=found))
 
 
 def check(config: TrainConfig, *, world_size: int = 1) -> None:
@@ -294,6 +321,8 @@ def check(config: TrainConfig, *, world_size: int = 1) -> None:
         need(os.path.isfile(os.path.join(folder, "config.json")), flag, folder, "a folder that holds config.json")
     need(os.path.isfile(data.path), "data.path", data.path, "a LLaVA JSON file that exists")
     need(os.path.isdir(data.image_folder), "data.image-folder", data.image_folder, "a folder that exists")
+    good = data.levels in LEVEL_WORDS or os.path.isfile(data.levels)
+    need(good, "data.levels", data.levels, f"{', '.join(LEVEL_WORDS)}, or a file made by `aligngpt levels`")
     need(config.run_dir != "", "run-dir", config.run_dir, "a folder for the run")
 
 
@@ -328,7 +357,8 @@ def environment() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions: dict[str, Any] = {"python": platform.python_version()}
-    for package in ("aligngpt", "torch", "transformers", "tokenizers", "safetensors", "pillow"):
+    ours = ("aligngpt", "torch", "transformers", "tokenizers", "safetensors", "pillow")
+    for package in (*ours, "nvidia-dali-cuda130", "nvidia-dali-cuda120"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

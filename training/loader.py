@@ -7,10 +7,15 @@ process; every process runs the same number of micro-steps, and one whose part i
 tokens. Resuming needs the step's number and nothing else.
 
     steps ─ share ─ lists of indices ─ worker processes: read, tokenise, decode, collate ─ Batch, or BadSample
+
+Where DALI decodes, the workers read and screen the files, and a thread of the training process turns them into pixels.
 """
 
+import dataclasses
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,11 +24,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from aligngpt.batch import Batch, Example, collate
-from aligngpt.data.llava_json import Sample
+from aligngpt.data.llava_json import Sample, image_path
+from aligngpt.image import ImageError
 from aligngpt.processor import AlignGPTProcessor
 from aligngpt.text import IGNORE_INDEX, Tokenized
+from training.dali_pipeline import DaliPixels, Picture, read
 
 CHARACTERS_PER_TOKEN = 4  # enough to sort by; nothing else depends on it
+AHEAD = 2  # batches that DALI decodes while the model is at work
 
 
 class BadSampleError(ValueError):
@@ -35,6 +43,14 @@ class BadSample:
     """What a worker hands over in place of a batch, since an exception would arrive as the text of a traceback."""
 
     message: str
+
+
+@dataclass(frozen=True)
+class Undecoded:
+    """What a worker hands over where DALI decodes: a batch whose pixel_values are (M, 3, 0, 0), and its M pictures."""
+
+    batch: Batch
+    pictures: list[Picture]
 
 
 # ---------------------------------------------------------------------------------------------------- order
@@ -116,8 +132,11 @@ def random_level(seed: int, record: int, num_levels: int) -> int:
 # ---------------------------------------------------------------------------------------------------- batches
 
 
-class Samples(Dataset[Batch | BadSample]):
-    """A list of sample indices to a batch. The levels of a run are decided here, so they are data to the model."""
+class Samples(Dataset[Batch | Undecoded | BadSample]):
+    """A list of sample indices to a batch. The levels of a run are decided here, so they are data to the model.
+
+    decode_by_dali leaves the pictures to the training process, as `Undecoded`.
+    """
 
     def __init__(
         self,
@@ -126,9 +145,10 @@ class Samples(Dataset[Batch | BadSample]):
         *,
         path: str,
         image_folder: str,
-        levels: Literal["record", "random", "none"],
+        levels: str,  # "record", "random" or "none"
         num_levels: int,
         seed: int,
+        decode_by_dali: bool = False,
     ):
         self.samples = samples
         self.processor = processor
@@ -137,21 +157,50 @@ class Samples(Dataset[Batch | BadSample]):
         self.levels = levels
         self.num_levels = num_levels
         self.seed = seed
+        self.decode_by_dali = decode_by_dali
 
-    def __getitem__(self, indices: list[int]) -> Batch | BadSample:
+    def __getitem__(self, indices: list[int]) -> Batch | Undecoded | BadSample:
         examples: list[Example] = []
+        pictures: list[Picture] = []
         for index in indices:
             sample = self.samples[index]
             try:
-                examples.append(self.processor.example(sample, self.image_folder, level=self.level(sample)))
+                level = self.level(sample)
+                if self.decode_by_dali:
+                    text, files = self.processor.text(sample), self.files(sample)
+                    examples.append(Example(sample.id, text, torch.empty(len(files), 3, 0, 0), level))
+                    pictures += files
+                else:
+                    examples.append(self.processor.example(sample, self.image_folder, level=level))
             except ValueError as error:
                 return BadSample(f"{self.path}: {error}")
-        return collate(
+        batch = collate(
             examples or [self.dummy()],
             token_ids=self.processor.token_ids,
             rows_per_image=self.processor.rows_per_image,
-            image_size=self.processor.image_processor.size,
+            image_size=self.side,
         )
+        return Undecoded(batch, pictures) if self.decode_by_dali else batch
+
+    @property
+    def side(self) -> int:
+        """Height and width of the pixels that leave a worker."""
+        return 0 if self.decode_by_dali else self.processor.image_processor.size
+
+    def files(self, sample: Sample) -> list[Picture]:
+        """A sample's pictures for DALI. ValueError names the record and what is wrong with it."""
+        try:
+            paths = [image_path(self.image_folder, name) for name in sample.images]
+        except ValueError as error:
+            raise ValueError(f"{sample.name}: {error}") from error
+        return [read(path, self.processor.image_processor, name=f"{sample.name}: {path}") for path in paths]
+
+    def decoded(self, item: Undecoded, pixels: DaliPixels) -> Batch | BadSample:
+        """The batch with its pixels."""
+        try:
+            return dataclasses.replace(item.batch, pixel_values=pixels.decode(item.pictures))
+        except ImageError as error:
+            return BadSample(f"{self.path}: {error}")
 
     def level(self, sample: Sample) -> int | None:
         if not sample.images or self.levels == "none":
@@ -159,21 +208,28 @@ class Samples(Dataset[Batch | BadSample]):
         if self.levels == "random":
             return random_level(self.seed, sample.record, self.num_levels)
         if sample.level is None:
-            raise ValueError(f"{sample.name} has no align_level; score them, or give --data.levels random")
+            raise ValueError(
+                f"{sample.name} has no align_level; it needs one, or --data.levels random, or a levels file"
+            )
         return sample.level
 
     def dummy(self) -> Example:
         """One padding token, no image, nothing supervised."""
         token = torch.tensor([self.processor.token_ids.pad])
         text = Tokenized(token, torch.full_like(token, IGNORE_INDEX), torch.zeros_like(token, dtype=torch.bool), 0)
-        return Example(id="dummy", text=text, pixel_values=self.processor.image_processor.pixels([]))
+        return Example(id="dummy", text=text, pixel_values=torch.empty(0, 3, self.side, self.side))
 
 
-def micro_batches(samples: Samples, parts: Iterable[list[int]], *, workers: int) -> Iterator[Batch | BadSample]:
-    """A batch for each list of indices, in order, made ahead of time by `workers` processes."""
+def micro_batches(
+    samples: Samples, parts: Iterable[list[int]], *, workers: int, device: torch.device
+) -> Iterator[Batch | BadSample]:
+    """A batch for each list of indices, in order, made ahead of time by `workers` processes.
+
+    DALI leaves pixels on the device; everything else is on the host.
+    """
     # The tokenizer's own threads do not survive the fork into workers; said here, it need not be warned about.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return iter(
+    loader = iter(
         DataLoader(
             samples,
             sampler=parts,
@@ -183,6 +239,27 @@ def micro_batches(samples: Samples, parts: Iterable[list[int]], *, workers: int)
             prefetch_factor=4 if workers else None,
         )
     )
+    return _decoded_ahead(loader, samples, device) if samples.decode_by_dali else loader
+
+
+def _decoded_ahead(
+    loader: Iterator[Undecoded | BadSample], samples: Samples, device: torch.device
+) -> Iterator[Batch | BadSample]:
+    """What the loader gives, decoded in order by a thread that keeps `AHEAD` batches in hand."""
+    pixels = DaliPixels(samples.processor.image_processor, device)
+
+    def take() -> Batch | BadSample | None:
+        item = next(loader, None)
+        return samples.decoded(item, pixels) if isinstance(item, Undecoded) else item
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix="dali")
+    try:
+        waiting = deque(thread.submit(take) for _ in range(AHEAD))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(take))
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -5,7 +5,9 @@ processes; it does not depend on how the batch is cut. A sample that cannot be r
 the step, so they stop together; the run folder is not touched before the first step's batches are all there.
 """
 
+import dataclasses
 import itertools
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -20,14 +22,18 @@ from torch.nn.utils import clip_grad_norm_
 
 from aligngpt.batch import Batch
 from aligngpt.config import AlignGPTConfig
-from aligngpt.data.llava_json import read_llava_json
+from aligngpt.data.llava_json import Sample, read_llava_json
+from aligngpt.levels import read_levels, with_levels
 from aligngpt.model import AlignGPTForConditionalGeneration
 from aligngpt.processor import AlignGPTImageProcessor, AlignGPTProcessor
 from training import checkpointing, optim, sharding
-from training.config import Stage, TrainConfig
+from training.config import LEVEL_WORDS, Stage, TrainConfig
+from training.dali_pipeline import why_not_dali
 from training.loader import BadSample, BadSampleError, Order, Samples, estimated_lengths, micro_batches, share
 from training.metrics import Metrics, peak_memory_bytes
 from training.sharding import World
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ def train(config: TrainConfig, stage: Stage) -> None:
         FloatingPointError: the gradient is not finite; likewise.
     """
     with sharding.world() as world:
+        config = with_decoder(config, world)
         first_step = checkpointing.steps_done(config)
         if first_step is None:
             say(world, f"{config.run_dir} is finished; its result is {config.run_dir}/model")
@@ -149,7 +156,7 @@ def read_steps(samples: Samples, plan: list[list[list[int]]], world: World, *, w
     Raises:
         BadSampleError: in every process, when one of them met a bad sample.
     """
-    loader = micro_batches(samples, itertools.chain.from_iterable(plan), workers=workers)
+    loader = micro_batches(samples, itertools.chain.from_iterable(plan), workers=workers, device=world.device)
     for parts in plan:
         started = time.perf_counter()
         loaded = list(itertools.islice(loader, len(parts)))
@@ -162,6 +169,22 @@ def read_steps(samples: Samples, plan: list[list[list[int]]], world: World, *, w
         if all_bad:
             raise BadSampleError("\n".join(message for messages in world.gather(bad) for message in messages))
         yield Step(batches, tokens, supervised, data_seconds)
+
+
+def with_decoder(config: TrainConfig, world: World) -> TrainConfig:
+    """The config with `--data.decoder` settled, the same for all processes: they may run on different machines.
+
+    Raises:
+        ValueError: it is "dali", which one of them lacks.
+    """
+    missing = next((why for why in world.gather(why_not_dali()) if why), None)
+    decoder = config.data.decoder
+    if decoder == "dali" and missing:
+        raise ValueError(f"--data.decoder is 'dali'; it needs DALI in every process: {missing}")
+    if decoder == "auto":
+        decoder = "pil" if missing else "dali"
+        logger.info("images are decoded by %s", f"PIL: {missing}" if missing else f"DALI on {world.device}")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, decoder=decoder))
 
 
 def make_processor(config: TrainConfig, model_config: AlignGPTConfig) -> AlignGPTProcessor:
@@ -185,22 +208,43 @@ def make_processor(config: TrainConfig, model_config: AlignGPTConfig) -> AlignGP
 
 
 def read_samples(config: TrainConfig, model_config: AlignGPTConfig, processor: AlignGPTProcessor) -> Samples:
-    """The records of `--data.path`, checked."""
+    """The records of `--data.path`, checked; without those whose pair the levels file sets aside."""
     data = config.data
     num_levels = model_config.num_align_levels
-    levels = data.levels if model_config.align_mode != "none" else "none"  # no <align>, nothing to look up
-    records = read_llava_json(data.path, num_levels=num_levels if levels == "record" else None)
+    aligns = model_config.align_mode != "none"  # otherwise there is no <align> and nothing to look up
+    records = read_llava_json(data.path, num_levels=num_levels if aligns and data.levels == "record" else None)
     if not records:
         raise ValueError(f"--data.path is {data.path}, which holds no records; it needs at least one")
+    levels = data.levels
+    if levels not in LEVEL_WORDS:
+        records, levels = levels_from_file(records, levels, num_levels), "record"
     return Samples(
         records,
         processor,
         path=data.path,
         image_folder=data.image_folder,
-        levels=levels,
+        levels=levels if aligns else "none",
         num_levels=num_levels,
         seed=config.seed,
+        decode_by_dali=data.decoder == "dali",
     )
+
+
+def levels_from_file(records: list[Sample], path: str, num_levels: int) -> list[Sample]:
+    """The records with the levels of a file that `aligngpt levels` made, without those that it sets aside.
+
+    Raises:
+        ValueError: the file is of other data, of another number of levels, or lacks the level of a record.
+    """
+    levels = read_levels(path)
+    if levels.num_levels != num_levels:
+        raise ValueError(
+            f"--data.levels is {path}, which has {levels.num_levels} levels; it needs the model's {num_levels}"
+        )
+    kept, set_aside = with_levels(records, levels)
+    if set_aside:
+        logger.info("%d of %d samples are left out: %s sets them aside", set_aside, len(records), path)
+    return kept
 
 
 def make_order(config: TrainConfig, samples: Samples) -> Order:

@@ -297,7 +297,7 @@ def _read(parameter: nn.Parameter, stored: Stored, dtype: torch.dtype, world: Wo
 
 def _part_config(flag: str, folder: str) -> Any:
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"--model.{flag} {folder} holds no model that transformers knows: {error}") from error
     if config.model_type == AlignGPTConfig.model_type:

@@ -17,6 +17,15 @@ OPS = (
 )
 
 
+def op_table(device: torch.device) -> list[tuple[str, str, str]]:
+    """Rows (op, what runs it, why) for inputs on `device`."""
+    rows = []
+    for op in OPS:
+        reason = why_not_triton(op, device)
+        rows.append((op, "triton", f"the inputs are on {device}") if reason is None else (op, "reference", reason))
+    return [*rows, ("injection_plan", "torch", "index arithmetic on the ids' device")]
+
+
 def main() -> None:
     try:
         triton = importlib.metadata.version("triton")
@@ -26,11 +35,8 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__} · triton {triton} · {name}\n")
     print(f"{'op':<22}{'runs':<12}why")
-    for op in OPS:
-        reason = why_not_triton(op, device)
-        runs, why = ("triton", f"the inputs are on {device}") if reason is None else ("reference", reason)
+    for op, runs, why in op_table(device):
         print(f"{op:<22}{runs:<12}{why}")
-    print(f"{'injection_plan':<22}{'torch':<12}index arithmetic on the ids' device")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,15 @@ def test_recorded_preprocessing(shape, aspect):
     assert torch.equal(found, torch.from_numpy(RECORDED[f"{shape}.pixel_values_{aspect}"]))
 
 
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+def test_stretch_is_a_plain_resize(resample):
+    image = noise(80, 60)
+    found = preprocess(image, size=56, mean=MEAN, std=STD, aspect="stretch", resample=resample)
+    pixels = np.asarray(image.resize((56, 56), resample), dtype=np.float64) / 255
+    expected = torch.from_numpy(((pixels - MEAN) / STD).transpose(2, 0, 1))
+    assert (found - expected).abs().max() < 1e-6
+
+
 def test_fault_8_modes_are_as_pil_converts_them(tmp_path):
     images = [noise(mode=mode) for mode in ("L", "LA", "RGBA", "CMYK")] + [noise().quantize(16)]
     images.append(Image.fromarray(np.arange(4800, dtype=np.uint16).reshape(60, 80)))
@@ -141,7 +150,7 @@ def test_fault_10_extreme_shapes(aspect):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"aspect": "stretch"}, "aspect is 'stretch'; it must be one of square, pad"),
+        ({"aspect": "crop"}, "aspect is 'crop'; it must be one of square, pad, stretch"),
         ({"mean": (0.5,)}, "mean and std have 1 and 3 numbers"),
         ({"image": noise(mode="RGBA")}, "image has mode 'RGBA'"),
     ],

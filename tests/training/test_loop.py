@@ -23,7 +23,7 @@ from aligngpt.processor import AlignGPTProcessor
 from training import optim
 from training.checkpointing import create_run
 from training.config import TrainConfig, read_command_line, tiny
-from training.loader import Samples, share
+from training.loader import Samples, micro_batches, share
 from training.loop import make_order, make_processor, read_samples
 from training.sharding import starting_config
 
@@ -101,7 +101,8 @@ def whole_batches(config: TrainConfig) -> list[Batch]:
     """The global batches of a run, each padded as one."""
     samples = samples_of(config)
     order = make_order(config, samples)
-    batches = [samples[batch.tolist()] for batch in order.steps(0, config.epochs * order.steps_per_epoch)]
+    parts = [batch.tolist() for batch in order.steps(0, config.epochs * order.steps_per_epoch)]
+    batches = list(micro_batches(samples, parts, workers=0, device=torch.device("cpu")))
     assert all(isinstance(batch, Batch) for batch in batches), batches
     return batches  # type: ignore[return-value]
 
@@ -323,14 +324,13 @@ def test_fault_38_a_gradient_that_is_not_finite_stops_before_the_weights_change(
 
 
 def test_fault_49_a_second_run_in_the_folder_is_refused(launch: Launch, tmp_path: Path, parts: Any) -> None:
-    config = read_command_line(
-        "pretrain", ["tiny", "--run-dir", str(tmp_path / "run"), *map(str, stage_1_flags(parts))]
-    )
+    flags = [*stage_1_flags(parts), "--data.decoder", "pil"]
+    config = read_command_line("pretrain", ["tiny", "--run-dir", str(tmp_path / "run"), *map(str, flags)])
     with create_run(config, "pretrain"):
-        run = launch("pretrain", tmp_path / "run", *stage_1_flags(parts))
+        run = launch("pretrain", tmp_path / "run", *flags)
         assert run.status == 1
         assert "in which another run is at work" in run.output
-    assert launch("pretrain", tmp_path / "run", *stage_1_flags(parts)).status == 0
+    assert launch("pretrain", tmp_path / "run", *flags).status == 0
 
 
 def test_going_back_to_an_earlier_checkpoint_keeps_what_is_written_then(

@@ -1,0 +1,229 @@
+"""aligngpt.levels: which pair gets which level, which data a file belongs to, and what the command leaves."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from aligngpt.cli import main
+from aligngpt.data.llava_json import read_llava_json
+from aligngpt.data.tables import data_hash, read_table, write_table
+from aligngpt.levels import SET_ASIDE, cut_levels, read_levels, with_levels
+
+PAIRS = 50
+
+
+@pytest.mark.parametrize("pairs", [8, 9, 1003])  # one each, one more, a ragged number
+def test_equal_counts(pairs):
+    scores = np.random.default_rng(0).permutation(pairs) / pairs
+    levels, cuts = cut_levels(scores.astype(np.float32), 8)
+    counts = np.bincount(levels)
+    assert len(counts) == 8
+    assert counts.max() - counts.min() <= 1
+    assert (np.diff(levels[np.argsort(scores)]) >= 0).all()  # a better score never has a lower level
+    assert cuts == pytest.approx([scores[levels == level].min() for level in range(1, 8)])
+
+
+def test_fault_30_ties_are_cut_by_place_in_the_data():
+    scores = np.array([0.1] * 4 + [0.5] * 12 + [0.9] * 4)  # 60 % share a score
+    scores = scores[np.random.default_rng(0).permutation(20)]
+    levels, cuts = cut_levels(scores, 5)
+    assert np.bincount(levels).tolist() == [4] * 5
+    assert levels[scores == 0.5].tolist() == [1] * 4 + [2] * 4 + [3] * 4
+    assert cuts.tolist() == [0.5, 0.5, 0.5, 0.9]
+    assert cut_levels(np.zeros(20), 5)[0].tolist() == np.repeat(range(5), 4).tolist()
+
+
+def test_equal_ranges_by_hand():
+    levels, cuts = cut_levels(np.array([0.0, 0.24, 0.25, 0.3, 0.5, 0.99, 1.0]), 4, "range")
+    assert cuts.tolist() == [0.25, 0.5, 0.75]
+    assert levels.tolist() == [0, 0, 1, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("cut", ["count", "range"])
+def test_fault_29_what_is_not_finite_is_set_aside(cut):
+    scores = np.linspace(-1, 1, 40, dtype=np.float32)
+    spoiled = np.insert(scores, [0, 7, 40], [np.nan, np.inf, -np.inf])
+    levels, cuts = cut_levels(spoiled, 8, cut)
+    aside = [0, 8, 42]
+    assert levels[aside].tolist() == [SET_ASIDE] * 3
+    expected, expected_cuts = cut_levels(scores, 8, cut)
+    assert np.array_equal(np.delete(levels, aside), expected)
+    assert np.array_equal(cuts, expected_cuts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((np.array([0.1, np.nan, 0.3]), 3), "2 of 3 pairs have a score; 3 levels need one pair each"),  # fault 31
+        ((np.array([]), 2), "0 of 0 pairs"),
+        ((np.array([0.0, 0.1, 0.9, 1.0]), 4, "range"), "leave level 1, 2 without a pair"),  # fault 30
+        ((np.full(9, 0.5), 2, "range"), "leave level 0 without a pair"),
+        ((np.arange(9), 1), "num_levels is 1; it must lie in 2..127"),
+        ((np.arange(900), 128), "num_levels is 128"),
+        ((np.arange(9), 2, "rank"), "cut is 'rank'; it must be one of count, range"),
+    ],
+)
+def test_fault_31_what_cannot_be_cut_is_refused(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        cut_levels(*arguments)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """data.json with a text-only record after each tenth pair, its pictures, and scores.parquet with two NaN."""
+    records, scores = [], []
+    for number in range(PAIRS):
+        Image.new("RGB", (30 + number, 40), (5 * number, 100, 200)).save(tmp_path / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"$_{number}^2$ 漢 words " * 9}]
+        records.append({"id": f"p{number}", "image": f"{number}.png", "align_level": 99, "conversations": turns})
+        scores.append(np.nan if number in (3, 20) else (number * 7 % PAIRS) / PAIRS)
+        if number % 10 == 9:
+            talk = [{"from": "human", "value": "Hm?"}, {"from": "gpt", "value": "Hm."}]
+            records.append({"id": number, "conversations": talk, "model": "kept"})
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    samples = read_llava_json(tmp_path / "data.json")
+    with_image = [sample for sample in samples if sample.images]
+    table = {
+        "record": pyarrow.array([sample.record for sample in with_image], pyarrow.int64()),
+        "id": [sample.id for sample in with_image],
+        "score": pyarrow.array(scores, pyarrow.float32()),
+    }
+    metadata = {"kind": "scores", "data": {"sha256": data_hash(samples), "samples": len(samples)}, "model": "CLIP"}
+    write_table(tmp_path / "scores.parquet", pyarrow.table(table), metadata)
+    return tmp_path
+
+
+def command(place, *more, data="data.json"):
+    words = ["levels", place / "scores.parquet", "--data", place / data, "--out", place / "levels.parquet", *more]
+    return main([str(word) for word in words])
+
+
+def test_data_hash_is_of_the_samples_not_of_the_file(place):
+    samples = read_llava_json(place / "data.json")
+    records = json.loads((place / "data.json").read_text())
+    for record in records:
+        record.pop("align_level", None)
+        record["unknown"] = 1
+    (place / "again.json").write_text(json.dumps(records, indent=3, ensure_ascii=False))
+    again = read_llava_json(place / "again.json")
+    assert data_hash(again) == data_hash(samples) == data_hash(replace(s, level=3) for s in samples)
+    first = samples[0]
+    changes = [
+        [samples[1], first, *samples[2:]],
+        samples[:-1],
+        [replace(first, id="q"), *samples[1:]],
+        [replace(first, images=("1.png",)), *samples[1:]],
+        [replace(first, turns=(first.turns[0], replace(first.turns[1], text="other"))), *samples[1:]],
+    ]
+    assert len({data_hash(changed) for changed in [samples, *changes]}) == 6
+
+
+def test_command_end_to_end(place, capsys):
+    report = place / "report"
+    more = ["--num-levels", 4, "--report", report, "--image-folder", place, "--json", place / "leveled.json"]
+    (place / "7.png").unlink()  # drawn as a gray field
+    assert command(place, *more) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[:2] for line in said.splitlines()[1:6]] == [
+        ["0", "12"],
+        ["1", "12"],
+        ["2", "12"],
+        ["3", "12"],
+        ["–", "2"],
+    ]
+
+    table, metadata = read_table(place / "levels.parquet", "levels")
+    scores = read_table(place / "scores.parquet", "scores")[0]["score"].to_numpy()
+    expected, cuts = cut_levels(scores, 4)
+    assert str(table.schema.field("level").type) == "int8"
+    assert table["level"].to_pylist() == [None if level == SET_ASIDE else level for level in expected]
+    assert (metadata["num_levels"], metadata["cut"], metadata["cuts"]) == (4, "count", cuts.tolist())
+    assert metadata["scores"]["model"] == "CLIP"
+
+    # Training with the levels file and with the written records sees the same samples.
+    samples = read_llava_json(place / "data.json")
+    kept, set_aside = with_levels(samples, read_levels(place / "levels.parquet"))
+    written = read_llava_json(place / "leveled.json", num_levels=4)
+    assert set_aside == len(samples) - len(written) == 2
+    assert [(s.id, s.images, s.turns, s.level) for s in written] == [(s.id, s.images, s.turns, s.level) for s in kept]
+    assert sum(sample.level is None for sample in kept) == 5  # text alone
+    assert json.loads((place / "leveled.json").read_text())[9]["model"] == "kept"
+
+    histogram, sheet = (np.asarray(Image.open(report / name)) for name in ("levels.png", "contact-sheet.png"))
+    assert histogram.std() > 20
+    blues = {tuple(pixel) for pixel in sheet[::3, ::3, :3].reshape(-1, 3) if tuple(pixel[1:]) == (100, 200)}
+    assert len(blues) >= 4 * 6 - 1  # each picture is of one colour: six of each level, perhaps not the missing one
+    assert not list(place.rglob("*.tmp"))
+
+
+def test_same_scores_same_bytes(place):
+    assert command(place) == 0
+    first = (place / "levels.parquet").read_bytes()
+    assert command(place) == 0
+    assert (place / "levels.parquet").read_bytes() == first
+
+
+def other_text(records):
+    records[0]["conversations"][1]["value"] = "other"
+
+
+@pytest.mark.parametrize("change", [other_text, lambda records: records.pop(), lambda records: records.reverse()])
+def test_fault_34_scores_of_other_data_are_refused(place, capsys, change):
+    records = json.loads((place / "data.json").read_text())
+    change(records)
+    (place / "other.json").write_text(json.dumps(records))
+    assert command(place, data="other.json") == 2
+    assert "scores.parquet belongs to other data" in capsys.readouterr().err
+    assert not (place / "levels.parquet").exists()
+    assert command(place) == 0
+    with pytest.raises(ValueError, match=r"levels.parquet belongs to other data: .* it needs the same samples"):
+        with_levels(read_llava_json(place / "other.json"), read_levels(place / "levels.parquet"))
+
+
+def test_fault_35_a_level_that_is_missing_or_out_of_range_is_named(place):
+    assert command(place) == 0
+    samples = read_llava_json(place / "data.json")
+    levels = read_levels(place / "levels.parquet")
+    with pytest.raises(ValueError, match=r"record 0 \(id p0\) has no level; it needs one in 0..7"):
+        with_levels(samples, replace(levels, records=levels.records[1:], levels=levels.levels[1:]))
+    for wrong in (8, -2):
+        changed = levels.levels.copy()
+        changed[12] = wrong
+        with pytest.raises(ValueError, match=rf"record 13 \(id p12\) has level {wrong}; it needs one in 0..7"):
+            with_levels(samples, replace(levels, levels=changed))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "more", "says"),
+    [
+        (None, ["--report", "r"], "--image-folder is None; --report needs a folder"),
+        (None, ["--num-levels", "49"], "48 of 50 pairs have a score; 49 levels need one pair each"),
+        (None, ["--num-levels", "1"], "num_levels is 1"),
+        (None, ["--json", "DATA"], "which is read here; it needs another name"),
+        (lambda place: (place / "scores.parquet").write_bytes(b"PAR1"), [], "scores.parquet is no Parquet file"),
+        (
+            lambda place: pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), place / "scores.parquet"),
+            [],
+            "scores.parquet was not made by aligngpt; it needs scores, made by `aligngpt score`",
+        ),
+        (
+            lambda place: write_table(place / "scores.parquet", pyarrow.table({"a": [1]}), {"kind": "levels"}),
+            [],
+            "scores.parquet holds levels; it needs scores",
+        ),
+        (lambda place: (place / "scores.parquet").unlink(), [], "scores.parquet"),
+    ],
+)
+def test_bad_input_is_one_sentence(place, capsys, spoil, more, says):
+    if spoil:
+        spoil(place)
+    assert command(place, *(str(place / "data.json") if word == "DATA" else word for word in more)) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (place / "levels.parquet").exists()

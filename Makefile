@@ -5,9 +5,9 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-PATHS := kernels aligngpt training benchmarks tests setup.py
+PATHS := kernels aligngpt training demo benchmarks tests setup.py
 
-.PHONY: install check format test test-all bench clean
+.PHONY: install demo check format test test-all bench clean
 
 install: $(VENV)/.installed
 
@@ -19,10 +19,13 @@ $(VENV)/.installed: setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]" "$(TRANSFORMERS)"
 	touch $@
 
+demo: install
+	$(BIN)/python -m demo
+
 check: install
 	$(BIN)/ruff check $(PATHS)
 	$(BIN)/ruff format --check $(PATHS)
-	$(BIN)/mypy kernels/aligngpt_kernels aligngpt training benchmarks
+	$(BIN)/mypy kernels/aligngpt_kernels aligngpt training demo benchmarks
 
 format: install
 	$(BIN)/ruff check --fix $(PATHS)

@@ -1,6 +1,8 @@
 """The house rules: who may import whom, which names files may have, and what the base install needs.
 
-torch, triton  <-  aligngpt_kernels  <-  aligngpt  <-  training        tests and benchmarks import all of them
+torch, triton  <-  aligngpt_kernels  <-  aligngpt  <-  training
+
+The demo imports aligngpt and runs training by its commands; tests and benchmarks import all of them.
 """
 
 import ast
@@ -18,6 +20,7 @@ PACKAGES = {
     "aligngpt_kernels": ROOT / "kernels/aligngpt_kernels",
     "aligngpt": ROOT / "aligngpt",
     "training": ROOT / "training",
+    "demo": ROOT / "demo",
     "benchmarks": ROOT / "benchmarks",
     "tests": ROOT / "tests",
 }
@@ -26,8 +29,9 @@ MAY_IMPORT = {
     "aligngpt_kernels": set(),
     "aligngpt": {"aligngpt_kernels"},
     "training": {"aligngpt_kernels", "aligngpt"},
+    "demo": {"aligngpt_kernels", "aligngpt"},
     "benchmarks": {"aligngpt_kernels", "aligngpt", "training"},
-    "tests": {"aligngpt_kernels", "aligngpt", "training", "benchmarks"},
+    "tests": {"aligngpt_kernels", "aligngpt", "training", "demo", "benchmarks"},
 }
 
 

@@ -1,0 +1,1 @@
+"""`make demo`: from synthetic scenes to answers, through the commands of a real run."""

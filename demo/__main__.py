@@ -1,0 +1,347 @@
+"""`make demo`: from nothing to a model that answers questions about pictures, through the commands of a real run.
+
+    RUN/scenes/{train,validation,test}   pictures, captions and questions, drawn
+    RUN/vision, RUN/llm                  what a real run would download: a miniature CLIP and a miniature LLM
+    RUN/scores.parquet, levels.parquet   aligngpt score, aligngpt levels
+    RUN/stage-1-*                        training/pretrain.py: with 8 levels, and three rivals of the same budget
+    RUN/stage-2                          training/finetune.py
+    RUN/results.json, RUN/pictures/*.png what came out, on scenes that nothing was trained on
+
+Every command is printed before it runs, so it can be run again by hand; what it says goes to RUN/logs. A step whose
+result is there is not done again: after an interruption the same command goes on.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from aligngpt.data.scenes import write_scenes
+
+ROOT = Path(__file__).parent.parent
+RIVALS = ("no token", "random levels", "top quarter")
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything; the defaults are `make demo`'s."""
+
+    train: int = 16_000
+    validation: int = 1_000
+    test: int = 1_000
+    vision_steps: int = 600
+    llm_steps: int = 280
+    stage_1_steps: int = 450
+    stage_1_batch: int = 32
+    stage_2_steps: int = 200
+    stage_2_batch: int = 128
+
+
+QUICK = Sizes(320, 40, 40, 4, 4, 6, 16, 4, 16)  # every step once, in a minute; nothing is learned
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command whose progress is the number of lines in `metrics`."""
+
+    name: str
+    command: tuple[str, ...]
+    result: Path  # there when the command has succeeded
+    metrics: Path
+    steps: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="every step at a minute's size; nothing is learned")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    try:
+        Demo(as_typed(args.run_dir), args.seed, QUICK if args.quick else Sizes()).run()
+    except DemoError as error:
+        sys.exit(f"error: {error}")
+    print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes in all; everything is in {args.run_dir}")
+
+
+class DemoError(Exception):
+    """A command failed; the message says where its output is."""
+
+
+class Demo:
+    """The steps, in order. Paths are relative to the project's folder, in which all commands run."""
+
+    def __init__(self, folder: Path, seed: int, sizes: Sizes):
+        self.folder, self.seed, self.sizes = folder, seed, sizes
+        self.train_scenes = folder / "scenes/train"
+        self.pairs = self.train_scenes / "pairs.json"
+        self.levels = folder / "levels.parquet"
+
+    def run(self) -> None:
+        os.chdir(ROOT)
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        (self.folder / "pictures").mkdir(exist_ok=True)
+        self.check_settings()
+        self.draw_scenes()
+        self.train_parts()
+        self.make_levels()
+        self.train_stages()
+        self.evaluate()
+        self.chat()
+
+    def check_settings(self) -> None:
+        """A folder belongs to one seed and one size."""
+        path, settings = self.folder / "demo.json", {"seed": self.seed, **vars(self.sizes)}
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
+            raise DemoError(f"--run-dir {self.folder} is a demo of another seed or size; it needs its own folder")
+        path.write_text(json.dumps(settings), encoding="utf-8")
+
+    # ------------------------------------------------------------------------------------------------ steps
+
+    def draw_scenes(self) -> None:
+        splits = {"train": self.sizes.train, "validation": self.sizes.validation, "test": self.sizes.test}
+        missing = {
+            name: n for name, n in splits.items() if not (self.folder / "scenes" / name / "scenes.json").exists()
+        }
+        if not missing:
+            return
+        say("scenes: pictures, captions of which some facts are false, questions")
+        with progress(sum(missing.values()), "drawn", unit="scene") as bar:
+            for name, number in missing.items():
+                shutil.rmtree(self.folder / "scenes" / name, ignore_errors=True)  # half drawn
+                for _ in write_scenes(self.folder / "scenes" / name, number, seed=f"{self.seed} {name}"):
+                    bar.update()
+
+    def train_parts(self) -> None:
+        say("the parts that a real run downloads: a miniature CLIP and a miniature LLM, trained on scenes of their own")
+        jobs = []
+        for name, module, folder, steps in (
+            ("miniature CLIP", "vision", self.folder / "vision", self.sizes.vision_steps),
+            ("miniature LLM", "language", self.folder / "llm", self.sizes.llm_steps),
+        ):
+            command = ("python", "-m", f"demo.{module}", str(folder), "--steps", str(steps), "--seed", str(self.seed))
+            jobs.append(Job(name, command, folder / "tokenizer_config.json", folder / "metrics.jsonl", steps))
+        self.side_by_side(jobs)
+
+    def make_levels(self) -> None:
+        """Scores, levels, their pictures, and the quarter of the pairs with the highest scores."""
+        scores, leveled = self.folder / "scores.parquet", self.folder / "pairs-with-levels.json"
+        pictures = ["--image-folder", str(self.train_scenes)]
+        say("alignment: how well each caption fits its picture, cut into 8 levels")
+        if not scores.exists():
+            command = ["aligngpt", "score", str(self.pairs), "--model", str(self.folder / "vision"), *pictures]
+            self.call([*command, "--out", str(scores), "--workers", "1"])
+        if not (self.levels.exists() and leveled.exists()):
+            command = ["aligngpt", "levels", str(scores), "--data", str(self.pairs), *pictures]
+            outputs = ["--out", str(self.levels), "--json", str(leveled), "--report", str(self.folder / "pictures")]
+            self.call([*command, *outputs])
+        records = json.loads(leveled.read_text(encoding="utf-8"))
+        best = [record for record in records if record["align_level"] >= 6]
+        (self.folder / "top-quarter.json").write_text(json.dumps(best), encoding="utf-8")
+
+    def train_stages(self) -> None:
+        say("stage 1: projector and alignment table learn from captions; beside it three rivals of the same budget")
+        parts = ["--model.llm", str(self.folder / "llm"), "--model.vision", str(self.folder / "vision")]
+        pairs = ["--data.path", str(self.pairs)]
+        sizes = self.sizes
+        budget = (sizes.stage_1_batch, sizes.stage_1_batch, 3e-3, sizes.stage_1_steps)
+        jobs = []
+        for name, options in (
+            ("8 levels", [*pairs, "--data.levels", str(self.levels)]),
+            ("no token", [*pairs, "--model.align-mode", "none"]),
+            ("random levels", [*pairs, "--data.levels", "random"]),
+            ("top quarter", ["--data.path", str(self.folder / "top-quarter.json"), "--model.align-mode", "none"]),
+        ):
+            jobs.append(self.training(f"stage 1: {name}", "pretrain", 1, budget, [*parts, *options]))
+        self.side_by_side(jobs)
+
+        say("stage 2: LLM, projector and gate learn from questions and answers")
+        init = ["--model.init", str(jobs[0].result), "--data.template", "chat", "--data.order", "shuffle"]
+        questions = ["--data.path", str(self.train_scenes / "questions.json")]
+        budget = (sizes.stage_2_batch, sizes.stage_2_batch // 2, 1e-3, sizes.stage_2_steps)
+        self.side_by_side([self.training("stage 2", "finetune", 2, budget, [*init, *questions])])
+
+    def training(
+        self, name: str, script: str, processes: int, budget: tuple[int, int, float, int], options: list[str]
+    ) -> Job:
+        """A run of one of the entry points. budget: samples a step, samples a process takes at once, rate, steps."""
+        global_batch, per_device, lr, steps = budget
+        folder = self.run_folder(name)
+        command = ["torchrun", "--standalone", "--nproc-per-node", str(processes), f"training/{script}.py", "tiny"]
+        command += [*options, "--data.image-folder", str(self.train_scenes), "--optim.lr", str(lr)]
+        command += ["--global-batch-size", str(global_batch), "--per-device-batch-size", str(per_device)]
+        command += ["--max-steps", str(steps), "--seed", str(self.seed), "--run-dir", str(folder)]
+        return Job(name, tuple(command), folder / "model", folder / "metrics.jsonl", steps)
+
+    def run_folder(self, name: str) -> Path:
+        return self.folder / name.replace(": ", "-").replace(" ", "-")
+
+    def evaluate(self) -> None:
+        """Scores on the test scenes to results.json and, as a table, to the terminal; the pictures."""
+        path = self.folder / "results.json"
+        say("evaluation, on test scenes of two and three objects")
+        if not path.exists():
+            from transformers.utils import logging
+
+            from demo.evaluate import (
+                Speaker,
+                evaluate_answers,
+                evaluate_captions,
+                evaluate_levels,
+                read_questions,
+            )
+            from demo.pictures import draw_answers, draw_gate, draw_losses
+
+            logging.disable_progress_bar()  # a bar for each model that is loaded
+            test, pictures = self.folder / "scenes/test", self.folder / "pictures"
+            stage_1 = {name: self.run_folder(f"stage 1: {name}") for name in ("8 levels", *RIVALS)}
+            captioner = Speaker.load(stage_1["8 levels"] / "model")
+            answerer = Speaker.load(self.folder / "stage-2/model")
+            captions = {f"level {level}": evaluate_captions(captioner, test, level=level) for level in range(8)}
+            for name in RIVALS:
+                level = 7 if name == "random levels" else None
+                captions[name] = evaluate_captions(Speaker.load(stage_1[name] / "model"), test, level=level)
+            answers = evaluate_answers(answerer, test)
+            asked = read_questions(self.folder / "scenes/validation")
+            runs = {"CLIP": self.folder / "vision", "LLM": self.folder / "llm"}
+            runs |= {f"stage 1: {name}": folder for name, folder in stage_1.items()}
+            draw_losses(runs | {"stage 2": self.folder / "stage-2"}, pictures / "losses.png")
+            draw_gate(answerer, asked, pictures / "gate.png")
+            draw_answers(answerer, captioner, asked, pictures / "answers.png")
+            results = {"levels": evaluate_levels(self.levels, self.pairs), "captions": captions, "answers": answers}
+            path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(format_results(json.loads(path.read_text(encoding="utf-8"))))
+        print(f"\npictures: {', '.join(sorted(str(file) for file in (self.folder / 'pictures').glob('*.png')))}")
+
+    def chat(self) -> None:
+        say("a question about a picture")
+        questions = json.loads((self.folder / "scenes/test/questions.json").read_text(encoding="utf-8"))
+        question = questions[0]
+        prompt = question["conversations"][0]["value"].removeprefix("<image>\n")
+        picture = self.folder / "scenes/test" / question["image"]
+        command = ["aligngpt", "chat", str(self.folder / "stage-2/model"), "--image", str(picture), "--prompt", prompt]
+        self.call(command)
+        print(f"(right: {question['conversations'][1]['value']})")
+
+    # ------------------------------------------------------------------------------------------------ commands
+
+    def call(self, command: list[str]) -> None:
+        """Run a command in the foreground, as typed."""
+        print(f"$ {shlex.join(command)}", flush=True)
+        if subprocess.run(command, env=environment()).returncode:
+            raise DemoError(f"this command failed: {shlex.join(command)}")
+
+    def side_by_side(self, jobs: Sequence[Job]) -> None:
+        """Run jobs, two at a time, each with a bar; their output goes to RUN/logs.
+
+        Raises:
+            DemoError: one failed; the others are stopped.
+        """
+        waiting = [job for job in jobs if not job.result.exists()]
+        for job in waiting:
+            print(f"$ {shlex.join(job.command)}", flush=True)
+        running: dict[Job, subprocess.Popen[bytes]] = {}
+        bars: dict[Job, tqdm] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < 2:
+                    job = waiting.pop(0)
+                    bars[job] = progress(job.steps, job.name)
+                    with self.log(job).open("wb") as log:
+                        running[job] = subprocess.Popen(job.command, stdout=log, stderr=log, env=environment())
+                time.sleep(POLL_SECONDS)
+                for job, process in list(running.items()):
+                    done = process.poll() is not None
+                    show(bars[job], job)
+                    if done:
+                        del running[job]
+                        if process.returncode or not job.result.exists():
+                            text = self.log(job).read_text(encoding="utf-8", errors="replace")
+                            last = "\n".join(text.replace("\r", "\n").splitlines()[-12:])
+                            raise DemoError(f"{job.name} failed with status {process.returncode}:\n{last}")
+        finally:
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.wait()
+            for bar in bars.values():
+                bar.close()
+
+    def log(self, job: Job) -> Path:
+        return self.folder / "logs" / f"{self.run_folder(job.name).name}.log"
+
+
+def environment() -> dict[str, str]:
+    """This Python's commands first; a thread for each process, since two processes run on two cores."""
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def as_typed(folder: Path) -> Path:
+    """A folder as the printed commands name it: from the project's folder if it lies there, else whole."""
+    folder = folder.resolve()
+    return folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+
+
+def say(text: str) -> None:
+    print(f"\n{text}", flush=True)
+
+
+def progress(total: int, name: str, unit: str = "step") -> tqdm:
+    return tqdm(total=total, desc=f"{name:22}", unit=unit, dynamic_ncols=True, disable=None)  # none in a file
+
+
+def show(bar: tqdm, job: Job) -> None:
+    """Move a job's bar to the last whole line of its metrics."""
+    lines = job.metrics.read_text(encoding="utf-8").split("\n")[:-1] if job.metrics.exists() else []
+    if len(lines) > bar.n:
+        bar.set_postfix_str(f"loss {json.loads(lines[-1])['loss']:.3f}", refresh=False)
+        bar.update(len(lines) - bar.n)
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """The tables of results.json."""
+    levels, captions, answers = results["levels"], results["captions"], results["answers"]
+    lines = [
+        "",
+        "true alignment of the pairs in levels 0 to 7: "
+        + " ".join(f"{mean:.2f}" for mean in levels["mean true alignment"]),
+        f"rank correlation of CLIP's score with it: {levels['rank correlation']:.2f}",
+        "",
+        f"{'captions, by what stage 1 was given':38}{'true facts':>14}{'whole objects (F1)':>24}",
+        f"{'':38}{'sampled':>8}{'greedy':>8}{'sampled':>14}{'greedy':>8}",
+    ]
+    for name, label in (
+        ("level 7", "8 levels, asked for level 7"),
+        ("level 4", "8 levels, asked for level 4"),
+        ("level 0", "8 levels, asked for level 0"),
+        ("no token", "no alignment token"),
+        ("random levels", "random levels, asked for level 7"),
+        ("top quarter", "no token, CLIP's top quarter alone"),
+    ):
+        row = captions[name]
+        lines.append(
+            f"{label:38}{row['sampled fact precision']:8.2f}{row['greedy fact precision']:8.2f}"
+            f"{row['sampled object F1']:14.2f}{row['greedy object F1']:8.2f}"
+        )
+    lines += ["", f"{'answers':14}{'right':>8}{'any object there':>20}{'another picture':>18}{'questions':>12}"]
+    for kind, row in answers.items():
+        references = f"{row['any object']:20.2f}{row['another picture']:18.2f}"
+        lines.append(f"{kind:14}{row['accuracy']:8.2f}{references}{row['questions']:12}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""What the demo's models get right on scenes they never saw: captions by level, answers by kind of question."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import BatchFeature
+
+from aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
+from aligngpt.data.llava_json import Sample, read_llava_json
+from aligngpt.data.scenes import FACTS, KINDS, Scene, fact_precision, parse_caption, read_scenes
+from aligngpt.data.tables import read_table
+
+BATCH = 250
+MAX_NEW_TOKENS = 20  # a caption of three objects takes 18
+SEED = 1  # of sampling
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model folder, loaded."""
+
+    model: AlignGPTForConditionalGeneration
+    processor: AlignGPTProcessor
+
+    @classmethod
+    def load(cls, folder: Path) -> "Speaker":
+        return cls(AlignGPTForConditionalGeneration.from_pretrained(folder), AlignGPTProcessor.from_pretrained(folder))
+
+    def prompt(self, pictures: Sequence[Path], prompts: Sequence[str]) -> BatchFeature:
+        """One conversation for each picture, its prompt after it."""
+        return self.processor.apply_chat_template(
+            [
+                [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]}]
+                for picture, prompt in zip(pictures, prompts, strict=True)
+            ],
+            tokenize=True,
+        )
+
+    def say(
+        self, pictures: Sequence[Path], prompts: Sequence[str], *, level: int | None = None, sample: bool = False
+    ) -> list[str]:
+        """What it says to each picture with its prompt, greedily or sampled at temperature 1.
+
+        level: the alignment level of all of them; None leaves it to the gate, or to nothing where there is no token.
+        """
+        tokenizer = self.processor.tokenizer
+        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("\n")]  # of an answer, of a caption
+        options: dict[str, Any] = {"do_sample": sample} | ({"temperature": 1.0, "top_k": 0} if sample else {})
+        torch.manual_seed(SEED)
+        said: list[str] = []
+        for start in tqdm(range(0, len(pictures), BATCH), unit="batch", leave=False, dynamic_ncols=True):
+            inputs = self.prompt(pictures[start : start + BATCH], prompts[start : start + BATCH])
+            length = inputs["input_ids"].shape[1]
+            if level is not None:
+                inputs["align_levels"] = torch.full((inputs["input_ids"].shape[0],), level)
+            tokens = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=ends, **options)
+            texts = self.processor.batch_decode(tokens[:, length:], skip_special_tokens=True)
+            said += [text.strip() for text in texts]
+        return said
+
+    @torch.no_grad()
+    def gate(self, pictures: Sequence[Path], prompts: Sequence[str]) -> Tensor:
+        """The gate's weights of the local levels, (pictures, N - 1)."""
+        inputs = self.prompt(pictures, prompts)
+        weights = self.model.model.embed(
+            inputs["input_ids"],
+            inputs["pixel_values"],
+            attention_mask=inputs["attention_mask"],
+            gate_mask=inputs["gate_mask"],
+        )[1]
+        assert weights is not None
+        return weights
+
+
+# ---------------------------------------------------------------------------------------------------- levels
+
+
+def evaluate_levels(levels: Path, pairs: Path) -> dict[str, Any]:
+    """How well the scores found the true alignment: the rank correlation of the two, and its mean in each level."""
+    table, _ = read_table(levels, "levels")
+    truth = np.array([record["alignment"] for record in json.loads(pairs.read_text(encoding="utf-8"))])
+    level = table["level"].to_numpy()
+    return {
+        "rank correlation": float(np.corrcoef(_ranks(table["score"].to_numpy()), _ranks(truth))[0, 1]),
+        "mean true alignment": [float(truth[level == number].mean()) for number in range(level.max() + 1)],
+    }
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1; equal values share their mean rank."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[place]
+
+
+# ---------------------------------------------------------------------------------------------------- captions
+
+
+def evaluate_captions(speaker: Speaker, folder: Path, *, level: int | None) -> dict[str, float]:
+    """Captions of a folder's scenes with two objects or more: the share of true facts among those stated, and the F1 of
+    whole objects with all five facts right; sampled and greedy."""
+    scenes = {number: scene for number, scene in enumerate(read_scenes(folder)) if len(scene) >= 2}
+    pictures = [folder / f"images/{number:05d}.jpg" for number in scenes]
+    scores: dict[str, float] = {}
+    for way, sample in (("sampled", True), ("greedy", False)):
+        said = speaker.say(pictures, [""] * len(pictures), level=level, sample=sample)
+        scores[f"{way} fact precision"], scores[f"{way} object F1"] = score_captions(said, list(scenes.values()))
+    return scores
+
+
+def score_captions(captions: Sequence[str], scenes: Sequence[Scene]) -> tuple[float, float]:
+    """Fact precision and object F1, each over all captions together."""
+    true = stated = right = claimed = there = 0
+    for text, scene in zip(captions, scenes, strict=True):
+        facts_true, facts_stated = fact_precision(text, scene)
+        claims = {tuple(claim.get(fact) for fact in FACTS) for claim in parse_caption(text)}
+        things = {tuple(getattr(thing, fact) for fact in FACTS) for thing in scene}
+        true, stated = true + facts_true, stated + facts_stated
+        right, claimed, there = right + len(claims & things), claimed + len(claims), there + len(things)
+    return true / max(stated, 1), 2 * right / (claimed + there)
+
+
+# ---------------------------------------------------------------------------------------------------- answers
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of a scenes folder, with what evaluation knows about it."""
+
+    sample: Sample
+    kind: str
+    guesses: list[str]  # the answer for each of the scene's objects
+    picture: Path
+    scene: Scene
+
+    @property
+    def prompt(self) -> str:
+        return self.sample.turns[0].text.removeprefix("<image>\n")
+
+    @property
+    def answer(self) -> str:
+        return self.sample.turns[1].text
+
+
+def read_questions(folder: Path) -> list[Asked]:
+    """A folder's questions about scenes with two objects or more. Of the presence questions answered "no" only those
+    count that put together a color and a shape which are both in the scene."""
+    scenes = read_scenes(folder)
+    records = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+    asked = []
+    for sample, record in zip(read_llava_json(folder / "questions.json"), records, strict=True):
+        scene = scenes[int(sample.id.split()[0])]
+        question = Asked(sample, record["kind"], record["guesses"], folder / sample.images[0], scene)
+        if len(scene) >= 2 and not (question.answer == "no" and not recombines(question)):
+            asked.append(question)
+    return asked
+
+
+def recombines(question: Asked) -> bool:
+    """Whether color and shape of a presence question are both in the scene."""
+    words = set(question.prompt.split())
+    return any(t.color in words for t in question.scene) and any(t.shape in words for t in question.scene)
+
+
+def evaluate_answers(speaker: Speaker, folder: Path) -> dict[str, dict[str, float]]:
+    """Accuracy by kind of question, beside two references: the answer for an object of the scene chosen at random, and
+    the model's own answer when it is shown another picture."""
+    asked = read_questions(folder)
+    pictures, prompts = [question.picture for question in asked], [question.prompt for question in asked]
+    said = speaker.say(pictures, prompts)
+    other = pictures[len(pictures) // 2 :] + pictures[: len(pictures) // 2]
+    said_blind = speaker.say(other, prompts)
+    scores: dict[str, dict[str, float]] = {}
+    for kind in KINDS:
+        rows = [
+            (text == question.answer, blind == question.answer, question.guesses.count(question.answer))
+            for question, text, blind in zip(asked, said, said_blind, strict=True)
+            if question.kind == kind
+        ]
+        guesses = [len(question.guesses) for question in asked if question.kind == kind]
+        scores[kind] = {
+            "questions": len(rows),
+            "accuracy": sum(row[0] for row in rows) / len(rows),
+            "any object": sum(row[2] / number for row, number in zip(rows, guesses, strict=True)) / len(rows),
+            "another picture": sum(row[1] for row in rows) / len(rows),
+        }
+    return scores

@@ -1,0 +1,163 @@
+"""A miniature CLIP: `python -m demo.vision OUT`, an ordinary CLIPModel folder of about a million weights.
+
+It learns what a CLIP learns, which caption belongs to which picture, from scenes drawn anew at every step with their
+true captions. Four things are special, since it has a minute and a half instead of weeks:
+
+- a patch is a cell of the scene (24 pixels), so a picture has 9 patches;
+- the patch embedding starts as a whitening of such patches: principal components of equal variance, rotated at random.
+  From the usual start the small, dark differences that tell shapes apart take ten times as long;
+- positions start large (standard deviation 0.5), or the towers never learn where a thing is;
+- each picture also sees one false caption of its own, with one or more facts replaced (half of them: one shape).
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from aligngpt.data.scenes import CELL, PIXELS, SHAPES, Scene, caption, corrupt, draw_scene, render
+from demo.miniature import SCENE_WORDS, Optimizers, run, word_tokenizer
+
+WIDTH, TEXT_WIDTH, LAYERS, TEXT_LAYERS = 128, 64, 2, 2
+MAX_WORDS = 20  # three objects take 17, BOS and EOS
+STEPS, BATCH = 600, 96
+
+
+def build(tokenizer: PreTrainedTokenizerFast, random: Random) -> CLIPModel:
+    """A fresh model; `random` draws the scenes that the patch embedding's start is computed from."""
+    text = {
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 4 * TEXT_WIDTH,
+        "num_hidden_layers": TEXT_LAYERS,
+        "num_attention_heads": 4,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": MAX_WORDS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "image_size": PIXELS,
+        "patch_size": CELL,
+    }
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+    with torch.no_grad():
+        for table in (
+            model.vision_model.embeddings.position_embedding,
+            model.text_model.embeddings.position_embedding,
+            model.text_model.embeddings.token_embedding,
+        ):
+            table.weight.normal_(std=0.5)
+        model.vision_model.embeddings.patch_embedding.weight.copy_(whitening(random))
+        model.logit_scale.fill_(math.log(1 / 0.07))
+    return model
+
+
+def whitening(random: Random, *, num_scenes: int = 1500) -> Tensor:
+    """(WIDTH, 3, CELL, CELL): the leading principal components of patches, of like variance, rotated at random."""
+    scenes = [draw_scene(random) for _ in range(num_scenes)]
+    pictures = pixels([render(scene, random) for scene in scenes])
+    patches = F.unfold(pictures, CELL, stride=CELL).transpose(1, 2).flatten(0, 1)  # (scenes · 9, 3 · CELL · CELL)
+    patches = patches - patches.mean(0)
+    variances, components = torch.linalg.eigh(patches.T @ patches / patches.shape[0])  # in rising order
+    variances, components = variances.flip(0)[:WIDTH], components.flip(1)[:, :WIDTH]
+    scaled = 1.2 * (components / (variances + variances[20] / 10).sqrt()).T
+    rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH)).Q
+    return (rotation @ scaled).view(WIDTH, 3, CELL, CELL)
+
+
+def pixels(pictures: list[Image.Image]) -> Tensor:
+    """(pictures, 3, 72, 72), normalised as `aligngpt.image.preprocess` does for pictures of the right size."""
+    values = np.stack([np.asarray(picture) for picture in pictures]).astype(np.float32) / 255
+    normal = (values - np.float32(OPENAI_CLIP_MEAN)) / np.float32(OPENAI_CLIP_STD)
+    return torch.from_numpy(np.ascontiguousarray(normal.transpose(0, 3, 1, 2)))
+
+
+def false_scene(scene: Scene, random: Random) -> Scene:
+    """What a false caption claims: half of the time one shape is another, else one or more facts are."""
+    if random.random() < 0.5:
+        changed = random.randrange(len(scene))
+        shape = random.choice([shape for shape in SHAPES if shape != scene[changed].shape])
+        return tuple(dataclasses.replace(t, shape=shape) if n == changed else t for n, t in enumerate(scene))
+    while (claimed := corrupt(scene, random.choice((0.1, 0.2, 0.4)), random)) == scene:
+        pass
+    return claimed
+
+
+def losses(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, random: Random) -> Iterator[Tensor]:
+    """CLIP's two cross-entropies of a new batch, for ever: a picture's caption among all captions, true and false, and
+    a caption's picture among all pictures."""
+    target = torch.arange(BATCH)
+    while True:
+        scenes = [draw_scene(random) for _ in range(BATCH)]
+        pictures = pixels([render(scene, random) for scene in scenes])
+        captions = [caption(scene) for scene in scenes] + [caption(false_scene(scene, random)) for scene in scenes]
+        text = tokenizer(captions, padding=True, return_tensors="pt")
+        image_embeds = model.get_image_features(pictures)
+        text_embeds = model.get_text_features(text["input_ids"], attention_mask=text["attention_mask"])
+        image_embeds, text_embeds = (_unit(embeds) for embeds in (image_embeds, text_embeds))
+        logits = model.logit_scale.exp().clamp(max=100) * image_embeds @ text_embeds.T
+        yield F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :BATCH].T, target)
+
+
+def _unit(embeds: object) -> Tensor:
+    tensor = getattr(embeds, "pooler_output", embeds)  # transformers 5.x wraps the projected features
+    assert isinstance(tensor, Tensor)
+    return F.normalize(tensor, dim=-1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m demo.vision", description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder of the model")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    random = Random(f"vision {args.seed}")
+    tokenizer = word_tokenizer(["and", *SCENE_WORDS])
+    model = build(tokenizer, random)
+    optimizers = Optimizers(model, matrix_lr=0.02, lr=2e-3, betas=(0.9, 0.98))
+    run(losses(model, tokenizer, random), optimizers, args.steps, args.out)
+    model.save_pretrained(args.out)
+    (args.out / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor_type": "CLIPImageProcessor",
+                "size": {"shortest_edge": PIXELS},
+                "crop_size": {"height": PIXELS, "width": PIXELS},
+                "do_center_crop": True,
+                "do_convert_rgb": True,
+                "do_normalize": True,
+                "do_rescale": True,
+                "do_resize": True,
+                "image_mean": OPENAI_CLIP_MEAN,
+                "image_std": OPENAI_CLIP_STD,
+                "resample": 3,
+                "rescale_factor": 1 / 255,
+            },
+            indent=2,
+        )
+        + "\n",
+        encoding="utf-8",
+    )
+    tokenizer.model_max_length = MAX_WORDS
+    tokenizer.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

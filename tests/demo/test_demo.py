@@ -1,0 +1,241 @@
+"""The demo: its miniatures compute what they say, its scores are right, and `python -m demo` goes through."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from aligngpt.data.llava_json import read_llava_json
+from aligngpt.data.scenes import Thing, draw_scene, render, write_scenes
+from aligngpt.data.tables import write_table
+from aligngpt.text import TokenIds, tokenize
+from aligngpt.text import render as render_turns
+from demo import language, vision
+from demo.evaluate import evaluate_answers, evaluate_levels, read_questions, score_captions
+from demo.miniature import CHAT_TEMPLATE, Optimizers, rate, word_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer(language.WORDS, chat_template=CHAT_TEMPLATE)
+
+
+def test_the_llms_documents_are_questions_as_stage_2_asks_them(tokenizer, tmp_path):
+    """A block's ids are those of our own chat rendering after the image, and its labels are that one's labels."""
+    list(write_scenes(tmp_path / "scenes", 4, seed=0))
+    for sample in read_llava_json(tmp_path / "scenes/questions.json"):
+        parts = render_turns(sample.turns, "chat", tokenizer=tokenizer)
+        text = tokenize(parts, tokenizer, TokenIds(98, 99, 0), rows_per_image=9, align=True)
+        assert text.input_ids[:11].tolist() == [tokenizer.bos_token_id, 99, *[98] * 9]
+        prompt, answer = sample.turns[0].text.removeprefix("<image>\n"), sample.turns[1].text
+        document = language.Document(None, [])
+        ids: Callable[[str], Any] = lambda words: tokenizer.convert_tokens_to_ids(words.split(" "))  # noqa: E731
+        document.add(ids(f"\n {prompt} :"), ids(f"{answer} </s>"))
+        assert text.input_ids[11:].tolist() == document.ids
+        assert text.labels[11:].tolist() == document.labels
+        assert tokenizer.unk_token_id not in document.ids
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_block_sees_the_prefix_and_itself_alone(tokenizer, monkeypatch, says_so):
+    """The loss of a batch of documents equals that of each block in a sequence of its own, without any mask."""
+    monkeypatch.setattr(language, "NOISE", 0.0)
+    torch.manual_seed(0)
+    model = language.build(tokenizer).double()
+    embedding = model.get_input_embeddings()
+    random = Random(0)
+    documents = [language.document(tokenizer, random) for _ in range(3)]
+    for document in documents:
+        document.sureness = tokenizer.convert_tokens_to_ids("mostly") if says_so else None
+    got = language.document_loss(model, documents)
+
+    total, count = torch.zeros(()), 0
+    for document in documents:
+        rows = torch.stack([embedding(torch.tensor(cell)).sum(0) for cell in document.cells])
+        start = [tokenizer.bos_token_id] + ([document.sureness] if says_so else [])
+        prefix = torch.cat((embedding(torch.tensor(start)), rows))
+        for number in range(1, document.block[-1] + 1):
+            places = [place for place, block in enumerate(document.block) if block == number]
+            ids = torch.tensor([document.ids[place] for place in places])
+            labels = torch.tensor([document.labels[place] for place in places])
+            logits = model(inputs_embeds=torch.cat((prefix, embedding(ids)))[None]).logits[0, len(prefix) - 1 : -1]
+            total = total + F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+            count += int((labels != -100).sum())
+    assert len(documents[0].block) > 30
+    assert torch.allclose(got, total / count, rtol=1e-6, atol=0)  # the mask's and RoPE's tables are fp32
+    grad = torch.autograd.grad(got, embedding.weight, retain_graph=True)[0]
+    assert torch.allclose(grad, torch.autograd.grad(total / count, embedding.weight)[0], rtol=1e-5, atol=1e-9)
+
+
+def test_the_patch_embedding_starts_as_a_whitening():
+    """On scenes it has not seen, the leading directions have like variance; from the usual start the spread is wide."""
+    torch.manual_seed(0)
+    weight = vision.whitening(Random("a"))
+    random = Random("b")
+    pictures = vision.pixels([render(draw_scene(random), random) for _ in range(500)])
+    for convolution, least, most in ((weight, 0.2, 3.0), (torch.randn_like(weight) * 0.02, 0.0, 1e9)):
+        rows = F.conv2d(pictures, convolution, stride=24).flatten(2).transpose(1, 2).flatten(0, 1)
+        variances = torch.linalg.eigvalsh(torch.cov(rows.T))
+        spread = (variances[-1] / variances[len(variances) // 2]).item()
+        assert least < variances[len(variances) // 2] < most
+        assert (spread < 10) == (convolution is weight), spread
+
+
+def test_a_false_scene_is_false():
+    random = Random(0)
+    for _ in range(200):
+        scene = draw_scene(random)
+        claimed = vision.false_scene(scene, random)
+        assert claimed != scene
+        assert len(claimed) == len(scene)
+
+
+def test_every_weight_has_one_optimizer(tokenizer):
+    model = language.build(tokenizer)
+    optimizers = Optimizers(model, matrix_lr=0.02, lr=1e-3, betas=(0.9, 0.95))
+    muon, adamw = ({id(p) for p in o.param_groups[0]["params"]} for o in optimizers.optimizers)
+    assert muon.isdisjoint(adamw)
+    assert muon | adamw == {id(parameter) for parameter in model.parameters()}
+    assert id(model.model.layers[0].mlp.up_proj.weight) in muon
+    assert {id(model.lm_head.weight), id(model.model.embed_tokens.weight)} <= adamw
+    assert [rate(step, 100) for step in (0, 19, 50, 75, 99)] == pytest.approx([0.05, 1, 1, 0.5, 0.02])
+
+
+SCENE = (Thing("large", "red", "circle", "top", "left"), Thing("small", "blue", "star", "middle", "right"))
+
+
+def test_captions_are_scored_over_all_of_them():
+    captions = ["large red circle top left and small red star middle right", "large red circle top left"]
+    precision, f1 = score_captions(captions, [SCENE, SCENE])
+    assert precision == 14 / 15
+    assert f1 == pytest.approx(2 * 2 / (3 + 4))
+    assert score_captions(["", ""], [SCENE, SCENE]) == (0, 0)
+
+
+def test_levels_are_held_against_the_truth(tmp_path):
+    scores, truth = [0.3, 0.1, 0.1, 0.9], [0.5, 0.0, 1.0, 0.5]
+    table = pyarrow.table({"record": range(4), "id": list("abcd"), "score": scores, "level": [1, 0, 0, 1]})
+    write_table(tmp_path / "levels.parquet", table, {"kind": "levels"})
+    (tmp_path / "pairs.json").write_text(json.dumps([{"alignment": value} for value in truth]))
+    found = evaluate_levels(tmp_path / "levels.parquet", tmp_path / "pairs.json")
+    assert found["mean true alignment"] == [0.5, 0.5]
+    # Ranks 3, 1.5, 1.5, 4 and 2.5, 1, 4, 2.5: covariance 0, by hand.
+    assert found["rank correlation"] == pytest.approx(0.0, abs=1e-12)
+
+
+class Parrot:
+    """Says what it is told to, in order."""
+
+    def __init__(self, *answers: list[str]):
+        self.answers = list(answers)
+
+    def say(self, pictures: list[Path], prompts: list[str]) -> list[str]:
+        assert len(pictures) == len(prompts)
+        return self.answers.pop(0)
+
+
+def test_answers_are_scored_by_kind_beside_their_references(tmp_path):
+    list(write_scenes(tmp_path, 60, seed=0, questions_per_scene=7))
+    asked = read_questions(tmp_path)
+    assert {len(question.scene) for question in asked} == {2, 3}
+    right = [question.answer for question in asked]
+    scores = evaluate_answers(Parrot(right, ["no"] * len(right)), tmp_path)  # type: ignore[arg-type]
+    assert {row["accuracy"] for row in scores.values()} == {1.0}
+    assert sum(row["questions"] for row in scores.values()) == len(asked)
+    presence = [question for question in asked if question.kind == "presence"]
+    denied = [question for question in presence if question.answer == "no"]
+    assert scores["presence"]["another picture"] == len(denied) / len(presence)
+    assert scores["presence"]["any object"] == 0.5
+    for question in denied:
+        color, shape = question.prompt.split()[-2:]
+        assert any(thing.color == color for thing in question.scene)
+        assert any(thing.shape == shape for thing in question.scene)
+    colors = [question for question in asked if question.kind == "color"]
+    chances = [sum(t.color == question.answer for t in question.scene) / len(question.scene) for question in colors]
+    assert scores["color"]["any object"] == pytest.approx(np.mean(chances))
+
+
+# ---------------------------------------------------------------------------------------------------- whole runs
+
+
+def run_demo(run_dir: Path, *flags: str, seconds: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "demo", "--run-dir", str(run_dir), *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+
+
+def check_folder(run: Path) -> dict[str, Any]:
+    """What the demo leaves, but for how good it is; returns its results."""
+    for part in ("vision", "llm", "stage-1-8-levels/model", "stage-1-no-token/model", "stage-2/model"):
+        assert (run / part / "config.json").is_file()
+        assert (run / part / "model.safetensors").is_file()
+    for picture in ("levels", "contact-sheet", "answers", "losses", "gate"):
+        with Image.open(run / f"pictures/{picture}.png") as image:
+            assert image.width >= 500
+            assert len(image.convert("RGB").getcolors(2**24) or []) > 100
+    results: dict[str, Any] = json.loads((run / "results.json").read_text())
+    assert results["captions"].keys() == {
+        *(f"level {level}" for level in range(8)), "no token", "random levels", "top quarter"
+    }  # fmt: skip
+    return results
+
+
+def test_the_demo_goes_through_and_again_from_what_it_left(tmp_path):
+    run = tmp_path / "run"
+    done = run_demo(run, "--quick", seconds=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = check_folder(run)
+    assert "8 levels, asked for level 7" in done.stdout
+    assert "torchrun --standalone --nproc-per-node 1 training/pretrain.py tiny" in done.stdout
+    assert "(right: " in done.stdout
+
+    (run / "results.json").unlink()
+    written = (run / "stage-2/model/model.safetensors").stat().st_mtime_ns
+    again = run_demo(run, "--quick", seconds=200)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "$ torchrun" not in again.stdout  # nothing is trained twice
+    assert (run / "stage-2/model/model.safetensors").stat().st_mtime_ns == written
+    assert json.loads((run / "results.json").read_text()) == results
+
+    other = run_demo(run, "--quick", "--seed", "1", seconds=60)
+    assert other.returncode == 1
+    assert "another seed or size" in other.stderr
+
+
+def test_a_step_that_fails_is_named_with_what_it_said(tmp_path):
+    run = tmp_path / "run"
+    looks_finished = ("scenes/train/scenes", "scenes/validation/scenes", "scenes/test/scenes")
+    for name in (*looks_finished, "vision/tokenizer_config", "llm/tokenizer_config"):
+        (run / f"{name}.json").parent.mkdir(parents=True)
+        (run / f"{name}.json").write_text("{}")
+    done = run_demo(run, "--quick", seconds=60)
+    assert done.returncode == 1
+    assert "error: this command failed: aligngpt score" in done.stderr
+    assert "pairs.json" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_learns_what_alignment_means(tmp_path):
+    """`make demo`, whole: eight minutes on two cores. The bounds are those that were asked for."""
+    run = tmp_path / "run"
+    done = run_demo(run, seconds=2400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = check_folder(run)
+    captions = {name: row["sampled fact precision"] for name, row in results["captions"].items()}
+    assert captions["level 7"] - captions["level 0"] > 0.25
+    assert captions["level 7"] - captions["no token"] > 0.10
+    answers = results["answers"]
+    for kind in ("color", "shape"):
+        assert answers[kind]["accuracy"] - answers[kind]["any object"] >= 0.25
+    assert answers["presence"]["accuracy"] - 0.5 >= 0.25

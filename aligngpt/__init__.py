@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 __all__ = ["AlignGPTConfig", "AlignGPTForConditionalGeneration", "AlignGPTProcessor", "__version__"]
 
+_problem: Exception | None = None  # why the three names can't be used, if they can't
+
 if TYPE_CHECKING:
     from .config import AlignGPTConfig
     from .model import AlignGPTForConditionalGeneration

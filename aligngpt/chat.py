@@ -428,6 +428,8 @@ def run(args: argparse.Namespace) -> int:
 def _load(folder: str, dtype: str | None) -> tuple[AlignGPTForConditionalGeneration, AlignGPTProcessor]:
     from transformers.utils import logging
 
+    from .checkpoint import read_config
+    from .config import KNOWN_TOWERS, _tower_config, is_public
     from .model import AlignGPTForConditionalGeneration
     from .processor import AlignGPTProcessor
 
@@ -437,6 +439,15 @@ def _load(folder: str, dtype: str | None) -> tuple[AlignGPTForConditionalGenerat
         file = Path(folder, name)
         if file.is_file() and "auto_map" in json.loads(file.read_text(encoding="utf-8")):
             raise ValueError(f"{file} has auto_map, which names code to run; AlignGPT runs none: remove the entry")
+    if is_public(config := read_config(folder)):
+        tower = config.get("mm_vision_tower")
+        try:
+            _tower_config(tower)
+        except ValueError as error:  # its advice is for Python
+            raise ValueError(
+                f"{Path(folder, 'config.json')}: mm_vision_tower is {tower!r}; it needs to be "
+                f"{' or '.join(KNOWN_TOWERS)}, or a local folder that holds the vision tower"
+            ) from error
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     processor = AlignGPTProcessor.from_pretrained(folder)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from . import _problem
+
 COMMANDS = {
     "score": "score how well each image and its text agree, by a CLIP or SigLIP",
     "levels": "cut scores into alignment levels for stage 1",
@@ -15,6 +17,7 @@ COMMANDS = {
     "chat": "answer a question about pictures, or hold a conversation",
     "doctor": "explain this machine: what is there, what is used, what to install",
 }
+_NEED_TRANSFORMERS = ("score", "preview", "chat")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,29 +28,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         if argv[:1] == [name]:
+            if name in _NEED_TRANSFORMERS and _problem:
+                return _unusable(name, _problem)
             try:
                 module = import_module(f".{name}", __package__)
             except ModuleNotFoundError as error:
-                return _missing(name, error)
+                return _unusable(name, error)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
     except ModuleNotFoundError as error:
-        return _missing(args.command, error)
+        return _unusable(args.command, error)
     except (ValueError, OSError) as error:
         print(f"aligngpt {args.command}: {error}", file=sys.stderr)
         return 2
 
 
-def _missing(command: str, error: ModuleNotFoundError) -> int:
-    if error.name is None or error.name.split(".")[0].startswith("aligngpt"):
+def _unusable(command: str, error: Exception) -> int:
+    """Say which package of others is missing or broken. A missing module of our own is raised."""
+    if not isinstance(error, ModuleNotFoundError):
+        text = " ".join(str(error).split())
+        what = f"a package that it needs is broken ({type(error).__name__}: {text})"
+    elif error.name is None or error.name.split(".")[0].startswith("aligngpt"):
         raise error
-    print(
-        f"aligngpt {command}: the package {error.name} is not installed; aligngpt doctor says what to do",
-        file=sys.stderr,
-    )
+    else:
+        what = f"the package {error.name} is not installed"
+    print(f"aligngpt {command}: {what}; aligngpt doctor says what to do", file=sys.stderr)
     return 2
 
 

@@ -34,6 +34,7 @@ from typing import Any, Literal, NamedTuple
 
 Status = Literal["ok", "missing", "wrong", "broken"]
 TRAIN = "pip install -e '.[train]'"  # in a clone
+UNUSED = "not used by this version"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -72,6 +73,8 @@ PACKAGES = (
     Package("protobuf", "google.protobuf", "converting tokenizer.model", versions=">=4", required=True),
     Package("pillow", "PIL.Image", "decoding and resizing pictures", versions=">=10", required=True),
     Package("tqdm", "tqdm", "progress bars", versions=">=4.66", required=True),
+    Package("pyarrow", "pyarrow.parquet", "files of scores and levels", versions=">=17", required=True),
+    Package("matplotlib", "matplotlib", "pictures of a cut into levels", versions=">=3.9", required=True),
     Package("tyro", "tyro", "command lines of training", versions=">=0.9", required=True),
     Package(
         "triton",
@@ -80,20 +83,6 @@ PACKAGES = (
         "pip install 'triton>=3.6'",
         "PyTorch references",
         versions=">=3.6",
-    ),
-    Package(
-        "pyarrow",
-        "pyarrow.parquet",
-        "the files of aligngpt score and levels",
-        instead="nothing, those two commands do not run",
-        versions=">=17",
-    ),
-    Package(
-        "matplotlib",
-        "matplotlib",
-        "the pictures of aligngpt levels",
-        instead="nothing, that command draws none",
-        versions=">=3.9",
     ),
     Package(
         "peft",
@@ -122,7 +111,7 @@ PACKAGES = (
     Package(
         "xformers",
         "xformers.ops",
-        "not used by this version",
+        UNUSED,
         "pip install 'xformers>=0.0.35'",
         "PyTorch's scaled_dot_product_attention",
         versions=">=0.0.35",
@@ -130,7 +119,7 @@ PACKAGES = (
     Package(
         "apex",
         "apex.optimizers",
-        "not used by this version",
+        UNUSED,
         "# nothing to install: torch's fused AdamW is its equal (NVIDIA's apex is built from its source)",
         "torch.optim.AdamW(fused=True)",
     ),
@@ -143,6 +132,9 @@ TORCH = Package(
     versions=">=2.11",
     required=True,
 )
+
+
+_EMPTY_DALI = "PyPI's nvidia-dali is an empty placeholder"
 
 
 class Finding(NamedTuple):
@@ -165,14 +157,14 @@ def examine(package: Package) -> Finding:
         with _quiet():
             import_module(top)
             module = import_module(package.module)
-    except Exception as error:  # a broken package raises whatever it trips over
+    except (Exception, SystemExit) as error:  # a broken package raises whatever it trips over
         if not isinstance(error, ModuleNotFoundError) or error.name not in (top, package.module):
             if version and not fits(version, package.versions):  # transformers 4 lacks modules that 5 has
                 return Finding(package, "wrong", version, f"needs {package.versions}", package.install)
             return Finding(package, "broken", version, _one_line(error), _install_anew(package))
         if package.name == "nvidia-dali" and (version := _distribution_version("nvidia-dali")):
             repair = f"pip uninstall nvidia-dali; {package.install}"
-            return Finding(package, "wrong", version, "PyPI's nvidia-dali is an empty placeholder", repair)
+            return Finding(package, "wrong", version, _EMPTY_DALI, repair)
         return Finding(package, "missing", repair=package.install)
     if package.name == "apex" and not hasattr(module, "FusedAdam"):
         return Finding(package, "broken", version, "apex.optimizers has no FusedAdam", _install_anew(package))
@@ -249,7 +241,6 @@ def diagnose() -> dict[str, Any]:
     torch = sys.modules["torch"] if torch_finding.status == "ok" else None
     gpus, no_gpu = _gpus(torch) if torch else ([], f"torch is {torch_finding.status}")
     findings = [torch_finding, *map(examine, _for_cuda(torch))]
-    status = {finding.package.name: finding.status for finding in findings}
     python_ok = sys.version_info >= (3, 11)
     return {
         "ok": python_ok
@@ -279,7 +270,7 @@ def diagnose() -> dict[str, Any]:
             for finding in findings
         ],
         "ops": _ops(bool(gpus)) if torch else [],
-        "choices": _choices(torch, gpus, no_gpu, status) if torch else {},
+        "choices": _choices(torch, gpus, no_gpu, findings) if torch else {},
     }
 
 
@@ -343,12 +334,14 @@ def _ops(has_gpu: bool) -> list[dict[str, str]]:
 
 
 def _choices(
-    torch: ModuleType, gpus: list[dict[str, Any]], no_gpu: str | None, status: dict[str, Status]
+    torch: ModuleType, gpus: list[dict[str, Any]], no_gpu: str | None, findings: list[Finding]
 ) -> dict[str, str]:
     """What this version does here, part by part."""
     from aligngpt_kernels.dispatch import TRITON_OPS
 
-    why_not = "no GPU" if not gpus else "" if status["triton"] == "ok" else "the package triton does not work"
+    by_name = {finding.package.name: finding for finding in findings}
+    triton_works = by_name["triton"].status == "ok"
+    why_not = "no GPU" if not gpus else "" if triton_works else "the package triton does not work"
     triton = f"could run no kernel here: {why_not}" if why_not else "could run kernels here"
     if not TRITON_OPS:
         triton += "; this version has none"
@@ -357,13 +350,14 @@ def _choices(
         processes = "one process only: this torch is built without torch.distributed"
     elif gpus and not torch.distributed.is_nccl_available():
         processes = "training does not run: this torch is built without NCCL"
-    decoding = "PIL"
-    if status["nvidia-dali"] == "ok":
+    decoding, dali = "PIL", by_name["nvidia-dali"]
+    if dali.status == "ok":
         decoding = (
             f"DALI in training, on {'the GPU' if gpus else 'CPU threads'}; PIL for what it does not take, and elsewhere"
         )
-    elif status["nvidia-dali"] == "broken":
-        decoding = "PIL; training would take the DALI that is broken here, unless told --data.decoder pil"
+    elif dali.status != "missing" and dali.detail != _EMPTY_DALI:  # training takes what it finds
+        what = "is broken" if dali.status == "broken" else f"{dali.detail} and is {dali.version}"
+        decoding = f"PIL; training would take the DALI that {what} here, unless told --data.decoder pil"
     precision = "arithmetic in bf16 (--precision), in fp32 with the preset tiny; trained weights in fp32"
     if gpus and not torch.cuda.is_bf16_supported(including_emulation=False):
         precision += "; this GPU only emulates bf16"
@@ -419,7 +413,7 @@ def report(facts: dict[str, Any]) -> str:
         ("To repair", [p for p in facts["packages"] if p["repair"] and (p["required"] or p["status"] != "missing")]),
         (
             "Could be added, nothing needs it",
-            [p for p in facts["packages"] if not p["required"] and p["status"] == "missing"],
+            [p for p in facts["packages"] if not p["required"] and p["status"] == "missing" and p["use"] != UNUSED],
         ),
     ):
         if chosen:

@@ -8,9 +8,9 @@
     aspect "stretch": both sides become `size`, nothing is cut; SigLIP's way, for scoring.
 
 The first two are the public code's steps with CLIP's image processor, to the bit
-(`tests/data/oracle/image_preprocess.npz`). PIL alone does them. Everything is in RGB: gray, palette, CMYK, alpha and
-16-bit images go through PIL's `convert("RGB")`. EXIF orientation is ignored: pixels are taken as stored, as in the
-public code.
+(`tests/data/oracle/image_preprocess.npz`). PIL alone does them, widths before heights in every version of it.
+Everything is in RGB: gray, palette, CMYK, alpha and 16-bit images go through PIL's `convert("RGB")`. EXIF orientation
+is ignored: pixels are taken as stored, as in the public code.
 
 What a file may cost is decided from its header: more than `MAX_PIXELS` pixels are refused before anything is decoded,
 and only the raster formats of `FORMATS` are tried (PIL would hand an EPS file to Ghostscript). A file cut inside its
@@ -105,7 +105,7 @@ def preprocess(
     if aspect == "pad":
         image = _pad_to_square(image, tuple(int(channel * 255) for channel in mean))
     if aspect == "stretch":
-        image = image.resize((size, size), resample)
+        image = _resize(image, size, size, resample)
     else:
         image = _resize_and_crop(image, size, resample)
     # float64 until the rescaled value, as CLIP's image processor computes it
@@ -126,13 +126,26 @@ def _pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
 
 
 def _resize_and_crop(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
-    width, height = image.size
-    long = int(size * max(width, height) / min(width, height))
-    new_width, new_height = (size, long) if width <= height else (long, size)
+    new_width, new_height = resized_size(image.width, image.height, size)
     _check_pixels(image, new_width, new_height)
-    image = image.resize((new_width, new_height), resample)
+    image = _resize(image, new_width, new_height, resample)
     left, top = (new_width - size) // 2, (new_height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def resized_size(width: int, height: int, size: int) -> tuple[int, int]:
+    """Width and height once the short side is `size`; the long one is rounded down."""
+    long = int(size * max(width, height) / min(width, height))
+    return (size, long) if width <= height else (long, size)
+
+
+def _resize(image: Image.Image, width: int, height: int, resample: Image.Resampling) -> Image.Image:
+    """PIL's resize, widths first.
+
+    PIL rounds and clips to bytes between its two passes, so their order shows. Until Pillow 12 widths came first;
+    from 13 on heights do where a picture taller than 2:1 shrinks. A call for each pass is the former in both.
+    """
+    return image.resize((width, image.height), resample).resize((width, height), resample)
 
 
 def _check_pixels(image: Image.Image, width: int, height: int) -> None:

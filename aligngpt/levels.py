@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from .data.llava_json import Sample, read_llava_json
-from .data.tables import data_hash, read_table, write_table
+from .data.tables import data_hash, prepare_outputs, read_table, write_json, write_table
 
 SET_ASIDE = -1  # among levels in memory; null in the file
 MOST_LEVELS = 127
@@ -145,9 +145,12 @@ def run(args: argparse.Namespace) -> int:
     """`aligngpt levels`: writes what was asked for and prints the levels, a line each."""
     if args.report and not (args.image_folder and Path(args.image_folder).is_dir()):
         raise ValueError(f"--image-folder is {args.image_folder}; --report needs a folder that exists")
-    for flag, path in (("--out", args.out), ("--json", args.json)):
-        if path and any(Path(path).resolve() == Path(source).resolve() for source in (args.data, args.scores)):
-            raise ValueError(f"{flag} is {path}, which is read here; it needs another name")
+    outputs = [("--out", args.out)]
+    if args.json:
+        outputs.append(("--json", args.json))
+    if args.report:
+        outputs += [("--report", os.path.join(args.report, name)) for name in ("levels.png", "contact-sheet.png")]
+    prepare_outputs(outputs, read=(args.data, args.scores))
     table, metadata = read_table(args.scores, "scores")
     samples = read_llava_json(args.data)
     check_data(args.scores, metadata["data"]["sha256"], samples)
@@ -162,13 +165,12 @@ def run(args: argparse.Namespace) -> int:
     print(format_levels(scores, levels))
     print(f"levels written to {args.out}")
     if args.json:
-        left_out = write_json(args.json, args.data, table["record"].to_numpy(), levels)
+        left_out = _write_data(args.json, args.data, table["record"].to_numpy(), levels)
         print(f"data with levels written to {args.json}" + (f", without {left_out} set aside" if left_out else ""))
     if args.report:
         from .levels_report import draw_contact_sheet, draw_histogram
 
         folder = Path(args.report)
-        folder.mkdir(parents=True, exist_ok=True)
         draw_histogram(folder / "levels.png", scores, levels, cuts, args.cut)
         pairs = [samples[record] for record in table["record"].to_pylist()]
         draw_contact_sheet(folder / "contact-sheet.png", pairs, scores, levels, args.image_folder)
@@ -188,7 +190,7 @@ def format_levels(scores: np.ndarray, levels: np.ndarray) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: str, data: str, records: np.ndarray, levels: np.ndarray) -> int:
+def _write_data(path: str, data: str, records: np.ndarray, levels: np.ndarray) -> int:
     """The LLaVA JSON file `data` with an "align_level" in each record that has an image; returns how many are left out.
 
     Pairs set aside are left out, as training with the levels file leaves them out.
@@ -202,9 +204,7 @@ def write_json(path: str, data: str, records: np.ndarray, levels: np.ndarray) ->
             kept.append({key: value for key, value in record.items() if key != "align_level"})
         elif level != SET_ASIDE:
             kept.append(record | {"align_level": level})
-    temporary = Path(path + ".tmp")
-    temporary.write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, kept, indent=1)
     return len(content) - len(kept)
 
 

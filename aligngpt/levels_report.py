@@ -34,6 +34,11 @@ _CAPTION = (30, 4)  # characters in a line, lines
 def draw_histogram(
     path: str | os.PathLike[str], scores: np.ndarray, levels: np.ndarray, cuts: np.ndarray, cut: str
 ) -> None:
+    """Write the picture of `histogram`."""
+    _save(histogram(scores, levels, cuts, cut), path)
+
+
+def histogram(scores: np.ndarray, levels: np.ndarray, cuts: np.ndarray, cut: str) -> Figure:
     """The scores (pairs,) of each level (pairs,) in its colour, stacked, with the N-1 cuts as lines."""
     from matplotlib.figure import Figure
 
@@ -66,7 +71,7 @@ def draw_histogram(
     axes.spines[["top", "right"]].set_visible(False)
     beside: Any = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False, "alignment": "left"}
     axes.legend(bars[::-1], names[::-1], title="level", **beside)
-    _save(figure, path)
+    return figure
 
 
 def draw_contact_sheet(

@@ -1,4 +1,4 @@
-"""`aligngpt score DATA`: how well each picture and its words agree, by any CLIP or SigLIP of transformers.
+"""`aligngpt score DATA`: how well each picture and its words agree, by a model of type clip or siglip.
 
 A pair is a sample with an image; its text is what the assistant says, turns joined by a blank. The score is the cosine
 of the model's two embeddings, in fp32; where a sample has several images, the mean of their cosines. Samples without
@@ -10,14 +10,16 @@ an image have no row.
     truncated   bool     the text was longer than the model reads (CLIP: 77 tokens) and was cut
     problem     string   why there is no score: an image that is missing or damaged, a text without words; else null
 
-The file's metadata says which data (`data_hash`), which model (hash of its weights) and how text and images were
-prepared. Each is prepared as the model was trained, from its folder's own files: CLIP cuts out the centre and reads
-texts of any length up to its limit, SigLIP stretches the image and always reads its full length of tokens, padded.
+The file's metadata says which data (`data_hash`), which model (hashes of its weights and tokenizer) and how text and
+images were prepared. Each is prepared as the model was trained, from its folder's own files: CLIP cuts out the centre
+and reads texts of any length up to its limit, SigLIP stretches the image and always reads its full length of tokens,
+padded. A siglip with Gemma's tokenizer is a SigLIP 2 of fixed size, which was trained on small letters; it gets them.
 Special tokens spelled in a text stay ordinary characters.
 
 Scores do not depend on the batch size beyond rounding. They are written in chunks beside the output; a scoring that
 was interrupted goes on from its last whole chunk when the command is given again, and its file is then the same, byte
-for byte, as if nothing had happened. Chunks of other data, another model or another batch size are not used.
+for byte, as if nothing had happened. Chunks that are damaged are scored again, and those of other data, another model
+or another batch size are not used.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from torch.utils.data import DataLoader, Dataset
 from . import __version__
 from .checkpoint import read_config
 from .data.llava_json import Sample, image_path, read_llava_json
-from .data.tables import data_hash, read_table, write_table
+from .data.tables import data_hash, prepare_outputs, read_table, write_table
 from .image import open_image, preprocess
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # by model type, for a folder that has
     },
     "siglip": {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), "do_center_crop": False},
 }
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Preparation:
     tokenizer: PreTrainedTokenizerBase
     text_length: int  # longer texts are cut to this many tokens
     padded: bool  # shorter ones are padded to it, and the padding is read too
+    lower: bool  # texts are put into small letters
     pad_id: int
     size: int
     mean: tuple[float, ...]
@@ -105,11 +109,11 @@ class Scores:
 
 
 def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[nn.Module, Preparation]:
-    """A CLIP or SigLIP with both towers, in fp32 and eval mode, and how its inputs are made.
+    """A clip or siglip with both towers, in fp32 and eval mode, and how its inputs are made.
 
     ValueError: another kind of model, weights that are missing, a pre-processing that is not one of the two known ones.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer, GemmaTokenizer
 
     config = read_config(Path(folder))
     kind = config.get("model_type")
@@ -131,6 +135,7 @@ def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu
         tokenizer=tokenizer,
         text_length=model.config.text_config.max_position_embeddings,
         padded=padded,
+        lower=kind == "siglip" and isinstance(tokenizer, GemmaTokenizer),
         pad_id=tokenizer.pad_token_id or 0,
         **_image_preparation(folder, kind, model.config.vision_config.image_size),
     )
@@ -162,12 +167,13 @@ def _image_preparation(folder: str | os.PathLike[str], kind: str, size: int) -> 
     }
 
 
-def weights_hash(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """SHA-256 of a model folder's config and weights files, by name."""
+def model_hash(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """SHA-256 of a model folder's config, weights and tokenizer files, by name."""
     folder = Path(folder)
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    tokenizer = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
     hashes = {}
-    for path in [folder / "config.json", *weights]:
+    for path in [folder / "config.json", *weights, *sorted(tokenizer)]:
         with path.open("rb") as file:
             hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
@@ -234,6 +240,8 @@ class PairBatches(Dataset[PairBatch]):
             return torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1, dtype=torch.int64), []
         # Cut by the tokenizer, which keeps its closing token: CLIP reads the text's embedding there.
         options = {"split_special_tokens": True, "verbose": False}
+        if how.lower:
+            texts = [text.lower() for text in texts]
         whole = how.tokenizer(texts, **options)["input_ids"]
         kept = how.tokenizer(texts, **options, truncation=True, max_length=how.text_length)["input_ids"]
         length = how.text_length if how.padded else max(map(len, kept))
@@ -358,7 +366,12 @@ def _whole_chunks(folder: Path, metadata: dict[str, Any]) -> int:
     """How many chunks from the start can be gone on from; a folder of another scoring is emptied."""
     folder.mkdir(parents=True, exist_ok=True)
     done = 0
-    while (path := folder / f"{done:06d}.parquet").is_file() and read_table(path, "scores")[1] == metadata:
+    while (path := folder / f"{done:06d}.parquet").is_file():
+        try:
+            if read_table(path, "scores")[1] != metadata:
+                break
+        except ValueError:  # damaged
+            break
         done += 1
     kept = {f"{chunk:06d}.parquet" for chunk in range(done)}
     for path in folder.glob("*.parquet*"):
@@ -394,8 +407,8 @@ def _metadata(
     return {
         "kind": "scores",
         "data": {"sha256": data_hash(samples), "samples": len(samples)},
-        "model": {"folder": Path(folder).resolve().name, "sha256": weights_hash(folder)},
-        "text": {"tokens": how.text_length, "padded": how.padded},
+        "model": {"folder": Path(folder).resolve().name, "sha256": model_hash(folder)},
+        "text": {"tokens": how.text_length, "padded": how.padded, "lower": how.lower},
         "image": {
             "size": how.size,
             "aspect": how.aspect,
@@ -415,7 +428,9 @@ def _metadata(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `aligngpt score`."""
     parser.add_argument("data", metavar="DATA", help="a LLaVA JSON file")
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="folder of a CLIP or SigLIP, both towers")
+    parser.add_argument(
+        "--model", required=True, metavar="FOLDER", help="folder of a model of type clip or siglip, both towers"
+    )
     parser.add_argument("--image-folder", required=True, metavar="DIR", help="what the data's image names start from")
     parser.add_argument("--out", required=True, metavar="FILE", help="the Parquet file to write")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="pairs at a time (default 64)")
@@ -438,7 +453,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--device is cuda, but PyTorch finds no GPU; it needs one, or --device cpu")
     device = ("cuda" if has_gpu else "cpu") if args.device == "auto" else args.device
     out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    prepare_outputs([("--out", args.out)], read=[args.data])
 
     samples = read_llava_json(args.data)
     table = write_scores(

@@ -5,17 +5,21 @@
     RUN/scores.parquet, levels.parquet   aligngpt score, aligngpt levels
     RUN/stage-1-*                        training/pretrain.py: with 8 levels, and three rivals of the same budget
     RUN/stage-2                          training/finetune.py
-    RUN/results.json, RUN/pictures/*.png what came out, on scenes that nothing was trained on
+    RUN/results.json, RUN/pictures/*.png what came out, on pictures that nothing was trained on
 
 Every command is printed before it runs, so it can be run again by hand; what it says goes to RUN/logs. A step whose
-result is there is not done again: after an interruption the same command goes on.
+result is there is not done again: after an interruption the same command goes on. All of it runs on the CPU, with or
+without a GPU, on two cores.
 """
 
 import argparse
+import fcntl
+import hashlib
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +30,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from aligngpt.data.scenes import write_scenes
+from aligngpt.data.scenes import write_json, write_scenes
 
 ROOT = Path(__file__).parent.parent
 RIVALS = ("no token", "random levels", "top quarter")
@@ -41,10 +45,10 @@ class Sizes:
     validation: int = 1_000
     test: int = 1_000
     vision_steps: int = 600
-    llm_steps: int = 280
-    stage_1_steps: int = 450
+    llm_steps: int = 270
+    stage_1_steps: int = 550
     stage_1_batch: int = 32
-    stage_2_steps: int = 200
+    stage_2_steps: int = 240
     stage_2_batch: int = 128
 
 
@@ -69,15 +73,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="every step at a minute's size; nothing is learned")
     args = parser.parse_args()
     started = time.perf_counter()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that commands that are running are ended too
     try:
         Demo(as_typed(args.run_dir), args.seed, QUICK if args.quick else Sizes()).run()
     except DemoError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")
     print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes in all; everything is in {args.run_dir}")
 
 
 class DemoError(Exception):
-    """A command failed; the message says where its output is."""
+    """Why the demo ends early."""
 
 
 class Demo:
@@ -93,6 +100,11 @@ class Demo:
         os.chdir(ROOT)
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         (self.folder / "pictures").mkdir(exist_ok=True)
+        lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DemoError(f"--run-dir {self.folder} is in use by another demo; it needs its own folder") from error
         self.check_settings()
         self.draw_scenes()
         self.train_parts()
@@ -102,11 +114,17 @@ class Demo:
         self.chat()
 
     def check_settings(self) -> None:
-        """A folder belongs to one seed and one size."""
-        path, settings = self.folder / "demo.json", {"seed": self.seed, **vars(self.sizes)}
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
-            raise DemoError(f"--run-dir {self.folder} is a demo of another seed or size; it needs its own folder")
-        path.write_text(json.dumps(settings), encoding="utf-8")
+        """A folder belongs to one seed, one size and one version of the demo."""
+        code = hashlib.sha256()
+        for file in (*sorted(Path("demo").glob("*.py")), Path("aligngpt/data/scenes.py")):
+            code.update(file.read_bytes())
+        path, settings = self.folder / "demo.json", {"seed": self.seed, **vars(self.sizes), "code": code.hexdigest()}
+        if not path.exists():
+            write_json(path, settings)
+        elif json.loads(path.read_text(encoding="utf-8")) != settings:
+            raise DemoError(
+                f"--run-dir {self.folder} is a demo of another seed, size or version; it needs its own folder"
+            )
 
     # ------------------------------------------------------------------------------------------------ steps
 
@@ -132,24 +150,25 @@ class Demo:
             ("miniature LLM", "language", self.folder / "llm", self.sizes.llm_steps),
         ):
             command = ("python", "-m", f"demo.{module}", str(folder), "--steps", str(steps), "--seed", str(self.seed))
-            jobs.append(Job(name, command, folder / "tokenizer_config.json", folder / "metrics.jsonl", steps))
+            jobs.append(Job(name, command, folder, Path(f"{folder}.tmp/metrics.jsonl"), steps))
         self.side_by_side(jobs)
 
     def make_levels(self) -> None:
         """Scores, levels, their pictures, and the quarter of the pairs with the highest scores."""
         scores, leveled = self.folder / "scores.parquet", self.folder / "pairs-with-levels.json"
+        best, report = self.folder / "top-quarter.json", self.folder / "pictures"
         pictures = ["--image-folder", str(self.train_scenes)]
         say("alignment: how well each caption fits its picture, cut into 8 levels")
         if not scores.exists():
             command = ["aligngpt", "score", str(self.pairs), "--model", str(self.folder / "vision"), *pictures]
             self.call([*command, "--out", str(scores), "--workers", "1"])
-        if not (self.levels.exists() and leveled.exists()):
+        if not (report / "contact-sheet.png").exists():  # what the command makes last
             command = ["aligngpt", "levels", str(scores), "--data", str(self.pairs), *pictures]
-            outputs = ["--out", str(self.levels), "--json", str(leveled), "--report", str(self.folder / "pictures")]
+            outputs = ["--out", str(self.levels), "--json", str(leveled), "--report", str(report)]
             self.call([*command, *outputs])
-        records = json.loads(leveled.read_text(encoding="utf-8"))
-        best = [record for record in records if record["align_level"] >= 6]
-        (self.folder / "top-quarter.json").write_text(json.dumps(best), encoding="utf-8")
+        if not best.exists():
+            records = json.loads(leveled.read_text(encoding="utf-8"))
+            write_json(best, [record for record in records if record["align_level"] >= 6])
 
     def train_stages(self) -> None:
         say("stage 1: projector and alignment table learn from captions; beside it three rivals of the same budget")
@@ -209,19 +228,27 @@ class Demo:
             stage_1 = {name: self.run_folder(f"stage 1: {name}") for name in ("8 levels", *RIVALS)}
             captioner = Speaker.load(stage_1["8 levels"] / "model")
             answerer = Speaker.load(self.folder / "stage-2/model")
-            captions = {f"level {level}": evaluate_captions(captioner, test, level=level) for level in range(8)}
-            for name in RIVALS:
-                level = 7 if name == "random levels" else None
-                captions[name] = evaluate_captions(Speaker.load(stage_1[name] / "model"), test, level=level)
-            answers = evaluate_answers(answerer, test)
+            captions = {}
+            with progress(8 + 1 + len(RIVALS) + 1, "evaluated", unit="set") as bar:
+                for level in range(8):
+                    captions[f"level {level}"] = evaluate_captions(captioner, test, level=level)
+                    bar.update()
+                captions["another picture"] = evaluate_captions(captioner, test, level=7, another_picture=True)
+                bar.update()
+                for name in RIVALS:
+                    rival, level_7 = Speaker.load(stage_1[name] / "model"), 7 if name == "random levels" else None
+                    captions[name] = evaluate_captions(rival, test, level=level_7)
+                    bar.update()
+                answers = evaluate_answers(answerer, test)
+                bar.update()
             asked = read_questions(self.folder / "scenes/validation")
             runs = {"CLIP": self.folder / "vision", "LLM": self.folder / "llm"}
             runs |= {f"stage 1: {name}": folder for name, folder in stage_1.items()}
             draw_losses(runs | {"stage 2": self.folder / "stage-2"}, pictures / "losses.png")
             draw_gate(answerer, asked, pictures / "gate.png")
             draw_answers(answerer, captioner, asked, pictures / "answers.png")
-            results = {"levels": evaluate_levels(self.levels, self.pairs), "captions": captions, "answers": answers}
-            path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            levels = evaluate_levels(self.levels, self.pairs)
+            write_json(path, {"levels": levels, "captions": captions, "answers": answers})
         print(format_results(json.loads(path.read_text(encoding="utf-8"))))
         print(f"\npictures: {', '.join(sorted(str(file) for file in (self.folder / 'pictures').glob('*.png')))}")
 
@@ -263,14 +290,13 @@ class Demo:
                         running[job] = subprocess.Popen(job.command, stdout=log, stderr=log, env=environment())
                 time.sleep(POLL_SECONDS)
                 for job, process in list(running.items()):
-                    done = process.poll() is not None
-                    show(bars[job], job)
-                    if done:
+                    ended = process.poll() is not None
+                    show(bars[job], job, ended=ended)
+                    if ended:
                         del running[job]
+                        bars.pop(job).close()
                         if process.returncode or not job.result.exists():
-                            text = self.log(job).read_text(encoding="utf-8", errors="replace")
-                            last = "\n".join(text.replace("\r", "\n").splitlines()[-12:])
-                            raise DemoError(f"{job.name} failed with status {process.returncode}:\n{last}")
+                            raise DemoError(f"{job.name} failed ({process.returncode}): {self.last_words(job)}")
         finally:
             for process in running.values():
                 process.terminate()
@@ -279,14 +305,21 @@ class Demo:
             for bar in bars.values():
                 bar.close()
 
+    def last_words(self, job: Job) -> str:
+        """The error lines of a job's log, or its end, and where the rest is."""
+        text = self.log(job).read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+        lines = [line for line in text.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error:")]
+        return "\n".join([*(errors or lines[-12:]), f"(all of it is in {self.log(job)})"])
+
     def log(self, job: Job) -> Path:
         return self.folder / "logs" / f"{self.run_folder(job.name).name}.log"
 
 
 def environment() -> dict[str, str]:
-    """This Python's commands first; a thread for each process, since two processes run on two cores."""
+    """This Python's commands first; a thread for each process, since two processes run on two cores; no GPU."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def as_typed(folder: Path) -> Path:
@@ -303,12 +336,13 @@ def progress(total: int, name: str, unit: str = "step") -> tqdm:
     return tqdm(total=total, desc=f"{name:22}", unit=unit, dynamic_ncols=True, disable=None)  # none in a file
 
 
-def show(bar: tqdm, job: Job) -> None:
-    """Move a job's bar to the last whole line of its metrics."""
+def show(bar: tqdm, job: Job, *, ended: bool) -> None:
+    """Move a job's bar to the last whole line of its metrics; a result that is there makes it full."""
     lines = job.metrics.read_text(encoding="utf-8").split("\n")[:-1] if job.metrics.exists() else []
-    if len(lines) > bar.n:
+    if lines:
         bar.set_postfix_str(f"loss {json.loads(lines[-1])['loss']:.3f}", refresh=False)
-        bar.update(len(lines) - bar.n)
+    steps = job.steps if ended and job.result.exists() else len(lines)
+    bar.update(max(0, steps - bar.n))
 
 
 def format_results(results: dict[str, Any]) -> str:
@@ -330,16 +364,18 @@ def format_results(results: dict[str, Any]) -> str:
         ("no token", "no alignment token"),
         ("random levels", "random levels, asked for level 7"),
         ("top quarter", "no token, CLIP's top quarter alone"),
+        ("another picture", "chance: level 7, another picture"),
     ):
         row = captions[name]
         lines.append(
             f"{label:38}{row['sampled fact precision']:8.2f}{row['greedy fact precision']:8.2f}"
             f"{row['sampled object F1']:14.2f}{row['greedy object F1']:8.2f}"
         )
-    lines += ["", f"{'answers':14}{'right':>8}{'any object there':>20}{'another picture':>18}{'questions':>12}"]
+    lines += ["", f"{'answers':14}{'right':>8}{'reference':>12}{'another picture':>18}{'questions':>12}"]
     for kind, row in answers.items():
-        references = f"{row['any object']:20.2f}{row['another picture']:18.2f}"
+        references = f"{row['reference']:12.2f}{row['another picture']:18.2f}"
         lines.append(f"{kind:14}{row['accuracy']:8.2f}{references}{row['questions']:12}")
+    lines.append("reference: any object's answer; for count and presence always the commonest answer")
     return "\n".join(lines)
 
 

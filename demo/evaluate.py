@@ -1,6 +1,7 @@
-"""What the demo's models get right on scenes they never saw: captions by level, answers by kind of question."""
+"""What the demo's models get right on pictures they never saw: captions by level, answers by kind of question."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import BatchFeature
 
 from aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
@@ -55,7 +55,7 @@ class Speaker:
         options: dict[str, Any] = {"do_sample": sample} | ({"temperature": 1.0, "top_k": 0} if sample else {})
         torch.manual_seed(SEED)
         said: list[str] = []
-        for start in tqdm(range(0, len(pictures), BATCH), unit="batch", leave=False, dynamic_ncols=True):
+        for start in range(0, len(pictures), BATCH):
             inputs = self.prompt(pictures[start : start + BATCH], prompts[start : start + BATCH])
             length = inputs["input_ids"].shape[1]
             if level is not None:
@@ -102,16 +102,30 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------- captions
 
 
-def evaluate_captions(speaker: Speaker, folder: Path, *, level: int | None) -> dict[str, float]:
+def evaluate_captions(
+    speaker: Speaker, folder: Path, *, level: int | None, another_picture: bool = False
+) -> dict[str, float]:
     """Captions of a folder's scenes with two objects or more: the share of true facts among those stated, and the F1 of
-    whole objects with all five facts right; sampled and greedy."""
+    whole objects with all five facts right; sampled and greedy.
+
+    another_picture: hold each caption against another picture's scene, which shows what is right by chance.
+    """
     scenes = {number: scene for number, scene in enumerate(read_scenes(folder)) if len(scene) >= 2}
     pictures = [folder / f"images/{number:05d}.jpg" for number in scenes]
+    truth = list(scenes.values())
+    if another_picture:
+        truth = _others(truth)
     scores: dict[str, float] = {}
     for way, sample in (("sampled", True), ("greedy", False)):
         said = speaker.say(pictures, [""] * len(pictures), level=level, sample=sample)
-        scores[f"{way} fact precision"], scores[f"{way} object F1"] = score_captions(said, list(scenes.values()))
+        scores[f"{way} fact precision"], scores[f"{way} object F1"] = score_captions(said, truth)
     return scores
+
+
+def _others(items: list[Any]) -> list[Any]:
+    """Every item in another's place."""
+    half = len(items) // 2
+    return items[half:] + items[:half]
 
 
 def score_captions(captions: Sequence[str], scenes: Sequence[Scene]) -> tuple[float, float]:
@@ -119,10 +133,10 @@ def score_captions(captions: Sequence[str], scenes: Sequence[Scene]) -> tuple[fl
     true = stated = right = claimed = there = 0
     for text, scene in zip(captions, scenes, strict=True):
         facts_true, facts_stated = fact_precision(text, scene)
-        claims = {tuple(claim.get(fact) for fact in FACTS) for claim in parse_caption(text)}
+        claims = [tuple(claim.get(fact) for fact in FACTS) for claim in parse_caption(text)]
         things = {tuple(getattr(thing, fact) for fact in FACTS) for thing in scene}
         true, stated = true + facts_true, stated + facts_stated
-        right, claimed, there = right + len(claims & things), claimed + len(claims), there + len(things)
+        right, claimed, there = right + len(things & set(claims)), claimed + len(claims), there + len(things)
     return true / max(stated, 1), 2 * right / (claimed + there)
 
 
@@ -135,7 +149,7 @@ class Asked:
 
     sample: Sample
     kind: str
-    guesses: list[str]  # the answer for each of the scene's objects
+    guesses: list[str]  # the answer for each of the scene's objects, if the question is about one
     picture: Path
     scene: Scene
 
@@ -169,25 +183,31 @@ def recombines(question: Asked) -> bool:
 
 
 def evaluate_answers(speaker: Speaker, folder: Path) -> dict[str, dict[str, float]]:
-    """Accuracy by kind of question, beside two references: the answer for an object of the scene chosen at random, and
-    the model's own answer when it is shown another picture."""
+    """Accuracy by kind of question, beside two references.
+
+    reference: what answering for an object of the scene chosen at random would get, or, where no object is meant,
+        always giving the commonest answer.
+    another picture: the model's own answers, each shown another question's picture.
+
+    Presence is the mean of the accuracies on its two answers, since more questions are left with "yes".
+    """
     asked = read_questions(folder)
     pictures, prompts = [question.picture for question in asked], [question.prompt for question in asked]
     said = speaker.say(pictures, prompts)
-    other = pictures[len(pictures) // 2 :] + pictures[: len(pictures) // 2]
-    said_blind = speaker.say(other, prompts)
+    said_blind = speaker.say(_others(pictures), prompts)
     scores: dict[str, dict[str, float]] = {}
     for kind in KINDS:
-        rows = [
-            (text == question.answer, blind == question.answer, question.guesses.count(question.answer))
-            for question, text, blind in zip(asked, said, said_blind, strict=True)
-            if question.kind == kind
-        ]
-        guesses = [len(question.guesses) for question in asked if question.kind == kind]
+        rows = [row for row in zip(asked, said, said_blind, strict=True) if row[0].kind == kind]
+        shares = Counter(question.answer for question, _, _ in rows)
+        weights = [1 / (len(shares) * shares[q.answer]) if kind == "presence" else 1 / len(rows) for q, _, _ in rows]
+        if rows[0][0].guesses:
+            reference = sum(q.guesses.count(q.answer) / len(q.guesses) for q, _, _ in rows) / len(rows)
+        else:
+            reference = 1 / len(shares) if kind == "presence" else max(shares.values()) / len(rows)
         scores[kind] = {
             "questions": len(rows),
-            "accuracy": sum(row[0] for row in rows) / len(rows),
-            "any object": sum(row[2] / number for row, number in zip(rows, guesses, strict=True)) / len(rows),
-            "another picture": sum(row[1] for row in rows) / len(rows),
+            "accuracy": sum(w for w, (q, text, _) in zip(weights, rows, strict=True) if text == q.answer),
+            "reference": reference,
+            "another picture": sum(w for w, (q, _, text) in zip(weights, rows, strict=True) if text == q.answer),
         }
     return scores

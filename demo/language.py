@@ -7,9 +7,9 @@ things about them are special:
 - **Scenes in words.** A document begins with nine rows, one a cell, each the sum of the embeddings of the words that
   describe the cell: "top left" and, if a thing is there, its size, color and shape. This is what the projector will
   have to make of a picture; noise is added, since it never will exactly.
-- **Sureness.** In three of five documents one word after BOS, from "wrong" to "exact", says how many of the caption's
-  facts hold. That is the place where the alignment token will stand; which level is which word, stage 1 has to find
-  out.
+- **Sureness.** In three of five documents one word after BOS, from "wrong" to "exact", says at what rate the caption's
+  facts are true. That is the place where the alignment token will stand; which level is which word, stage 1 has to
+  find out.
 
 After the rows come blocks that see the rows and themselves but not each other: a caption, corrupted fact by fact like
 those of stage 1 though less often, and questions with answers.
@@ -28,10 +28,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from aligngpt.data.scenes import COLUMNS, KINDS, NUMBERS, ROWS, Scene, ask, caption, corrupt, draw_scene
-from demo.miniature import CHAT_TEMPLATE, SCENE_WORDS, Optimizers, run, word_tokenizer
+from demo.miniature import CHAT_TEMPLATE, SCENE_WORDS, Optimizers, made_whole, run, word_tokenizer
 
 WIDTH, LAYERS = 128, 3
-STEPS, BATCH = 280, 64
+BATCH = 64
 QUESTIONS = 8  # blocks of a document beside its caption
 NOISE = 1.0  # of the rows, in standard deviations of the word embeddings
 SURENESS = ("wrong", "doubtful", "partly", "mostly", "exact")
@@ -163,16 +163,17 @@ def build(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.language", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder of the model")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     tokenizer = word_tokenizer(WORDS, chat_template=CHAT_TEMPLATE)
     model = build(tokenizer)
     optimizers = Optimizers(model, matrix_lr=0.02, lr=2e-3, betas=(0.9, 0.95))
-    run(losses(model, tokenizer, Random(f"language {args.seed}")), optimizers, args.steps, args.out)
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    with made_whole(args.out) as folder:
+        run(losses(model, tokenizer, Random(f"language {args.seed}")), optimizers, args.steps, folder)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

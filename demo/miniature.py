@@ -6,8 +6,11 @@ the purpose, and saves them as the ordinary folders that every command takes.
 
 import json
 import math
+import os
+import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,9 +32,9 @@ CHAT_TEMPLATE = (
 
 
 def word_tokenizer(words: Sequence[str], *, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer with a token a word, for the newline, ":" and special tokens besides; adds BOS, and EOS without chat.
+    """A tokenizer with a token a word, one for the newline, for ":" and for each special token.
 
-    Words are lower-cased; one that is not in `words` becomes `<unk>`.
+    Words are lower-cased; one that is not in `words` becomes `<unk>`. BOS is added, and without a chat template EOS.
     """
     vocabulary = [PAD, UNK, BOS, NEWLINE, ":", *dict.fromkeys(words), EOS]
     tokenizer = Tokenizer(models.WordLevel({word: id for id, word in enumerate(vocabulary)}, unk_token=UNK))
@@ -78,11 +81,26 @@ def rate(step: int, total_steps: int) -> float:
     return min((step + 1) / 20, 1.0, max(0.02, (total_steps - step) / (total_steps / 2)))
 
 
+@contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, FOLDER.tmp, that becomes FOLDER when all is written."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    os.replace(temporary, folder)
+
+
 def run(losses: Iterable[torch.Tensor], optimizers: Optimizers, total_steps: int, folder: Path) -> None:
     """Take `total_steps` losses from a generator that computes them, a step on each; a JSON line a step."""
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as log:
-        bar = tqdm(zip(range(total_steps), losses, strict=False), total=total_steps, unit="step", dynamic_ncols=True)
+        bar = tqdm(
+            zip(range(total_steps), losses, strict=False),
+            total=total_steps,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None,  # none in a file
+        )
         started = time.perf_counter()
         for step, loss in bar:
             loss.backward()

@@ -1,4 +1,4 @@
-"""A miniature CLIP: `python -m demo.vision OUT`, an ordinary CLIPModel folder of about a million weights.
+"""A miniature CLIP: `python -m demo.vision OUT`, an ordinary CLIPModel folder of 0.75 million weights.
 
 It learns what a CLIP learns, which caption belongs to which picture, from scenes drawn anew at every step with their
 true captions. Four things are special, since it has a minute and a half instead of weeks:
@@ -6,13 +6,12 @@ true captions. Four things are special, since it has a minute and a half instead
 - a patch is a cell of the scene (24 pixels), so a picture has 9 patches;
 - the patch embedding starts as a whitening of such patches: principal components of equal variance, rotated at random.
   From the usual start the small, dark differences that tell shapes apart take ten times as long;
-- positions start large (standard deviation 0.5), or the towers never learn where a thing is;
+- positions start large, about as large as what is in a patch, or the tower forgets where a thing is;
 - each picture also sees one false caption of its own, with one or more facts replaced (half of them: one shape).
 """
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,12 +25,12 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from aligngpt.data.scenes import CELL, PIXELS, SHAPES, Scene, caption, corrupt, draw_scene, render
-from demo.miniature import SCENE_WORDS, Optimizers, run, word_tokenizer
+from aligngpt.data.scenes import CELL, PIXELS, SHAPES, Scene, caption, corrupt, draw_scene, render, write_json
+from demo.miniature import SCENE_WORDS, Optimizers, made_whole, run, word_tokenizer
 
 WIDTH, TEXT_WIDTH, LAYERS, TEXT_LAYERS = 128, 64, 2, 2
 MAX_WORDS = 20  # three objects take 17, BOS and EOS
-STEPS, BATCH = 600, 96
+BATCH = 96
 
 
 def build(tokenizer: PreTrainedTokenizerFast, random: Random) -> CLIPModel:
@@ -57,12 +56,9 @@ def build(tokenizer: PreTrainedTokenizerFast, random: Random) -> CLIPModel:
     }
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
     with torch.no_grad():
-        for table in (
-            model.vision_model.embeddings.position_embedding,
-            model.text_model.embeddings.position_embedding,
-            model.text_model.embeddings.token_embedding,
-        ):
-            table.weight.normal_(std=0.5)
+        model.vision_model.embeddings.position_embedding.weight.normal_(std=1.0)
+        model.text_model.embeddings.position_embedding.weight.normal_(std=0.5)
+        model.text_model.embeddings.token_embedding.weight.normal_(std=0.5)
         model.vision_model.embeddings.patch_embedding.weight.copy_(whitening(random))
         model.logit_scale.fill_(math.log(1 / 0.07))
     return model
@@ -108,55 +104,34 @@ def losses(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, random: Random)
         pictures = pixels([render(scene, random) for scene in scenes])
         captions = [caption(scene) for scene in scenes] + [caption(false_scene(scene, random)) for scene in scenes]
         text = tokenizer(captions, padding=True, return_tensors="pt")
-        image_embeds = model.get_image_features(pictures)
-        text_embeds = model.get_text_features(text["input_ids"], attention_mask=text["attention_mask"])
-        image_embeds, text_embeds = (_unit(embeds) for embeds in (image_embeds, text_embeds))
+        image_embeds = F.normalize(model.get_image_features(pictures).pooler_output, dim=-1)
+        text_embeds = model.get_text_features(text["input_ids"], attention_mask=text["attention_mask"]).pooler_output
+        text_embeds = F.normalize(text_embeds, dim=-1)
         logits = model.logit_scale.exp().clamp(max=100) * image_embeds @ text_embeds.T
         yield F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :BATCH].T, target)
-
-
-def _unit(embeds: object) -> Tensor:
-    tensor = getattr(embeds, "pooler_output", embeds)  # transformers 5.x wraps the projected features
-    assert isinstance(tensor, Tensor)
-    return F.normalize(tensor, dim=-1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.vision", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder of the model")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     random = Random(f"vision {args.seed}")
     tokenizer = word_tokenizer(["and", *SCENE_WORDS])
     model = build(tokenizer, random)
-    optimizers = Optimizers(model, matrix_lr=0.02, lr=2e-3, betas=(0.9, 0.98))
-    run(losses(model, tokenizer, random), optimizers, args.steps, args.out)
-    model.save_pretrained(args.out)
-    (args.out / "preprocessor_config.json").write_text(
-        json.dumps(
-            {
-                "image_processor_type": "CLIPImageProcessor",
-                "size": {"shortest_edge": PIXELS},
-                "crop_size": {"height": PIXELS, "width": PIXELS},
-                "do_center_crop": True,
-                "do_convert_rgb": True,
-                "do_normalize": True,
-                "do_rescale": True,
-                "do_resize": True,
-                "image_mean": OPENAI_CLIP_MEAN,
-                "image_std": OPENAI_CLIP_STD,
-                "resample": 3,
-                "rescale_factor": 1 / 255,
-            },
-            indent=2,
-        )
-        + "\n",
-        encoding="utf-8",
-    )
-    tokenizer.model_max_length = MAX_WORDS
-    tokenizer.save_pretrained(args.out)
+    optimizers = Optimizers(model, matrix_lr=0.008, lr=2e-3, betas=(0.9, 0.98))
+    with made_whole(args.out) as folder:
+        run(losses(model, tokenizer, random), optimizers, args.steps, folder)
+        model.save_pretrained(folder)
+        tokenizer.model_max_length = MAX_WORDS
+        tokenizer.save_pretrained(folder)
+        # What `aligngpt.image.preprocess` needs to know; the rest is CLIP's default.
+        normalisation = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
+        sizes = {"size": {"shortest_edge": PIXELS}, "crop_size": {"height": PIXELS, "width": PIXELS}}
+        kind = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True}
+        write_json(folder / "preprocessor_config.json", kind | sizes | normalisation)
 
 
 if __name__ == "__main__":

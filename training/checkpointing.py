@@ -34,10 +34,12 @@ from torch.distributed.tensor import DTensor
 from aligngpt.checkpoint import write_weights
 from aligngpt.model import AlignGPTForConditionalGeneration
 from aligngpt.processor import AlignGPTProcessor
-from training.config import Stage, TrainConfig, differences, environment, to_json
+from training.config import Stage, TrainConfig, differences, environment, flat, to_json
 from training.sharding import Stored, World, set_dtype, tied_names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What a config.json from before these fields means: all its runs were like this.
+_ADDED_LATER = {"data.decoder": "pil", "data.levels_hash": ""}
 
 
 # ---------------------------------------------------------------------------------------------------- the folder
@@ -62,12 +64,7 @@ def steps_done(config: TrainConfig) -> int | None:
         if any(item.name not in ("checkpoints", "lock") for item in folder.iterdir()):
             raise ValueError(f"--run-dir is {folder}, which holds other files; it needs an empty or a new folder")
         return 0
-    try:
-        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--run-dir is {folder}, whose config.json is no run's; it needs a folder of its own"
-        ) from error
+    theirs = recorded(folder)
     if not config.resume:
         raise ValueError(f"--run-dir is {folder}, which already holds a run; it needs a new folder, or --resume")
     different = differences(to_json(config), theirs)
@@ -82,6 +79,20 @@ def steps_done(config: TrainConfig) -> int | None:
     if not latest.is_file():
         return 0
     return _step_of(latest.read_text(encoding="utf-8").strip())
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """The config, under dotted names, of the run that a folder's config.json describes.
+
+    Raises:
+        ValueError: config.json is something else.
+    """
+    try:
+        return _ADDED_LATER | flat(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--run-dir is {folder}, whose config.json is no run's; it needs a folder of its own"
+        ) from error
 
 
 def create_run(config: TrainConfig, stage: Stage) -> IO[str]:

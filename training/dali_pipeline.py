@@ -6,7 +6,9 @@
     bytes ─ decode (RGB, EXIF ignored) ─ pad ─ widths ─ heights ─ (x - mean) / std ─ DLPack ─ copy
 
 `AlignGPTImageProcessor.pixels` is the reference: the two differ by at most 4/255, on average by 0.25/255, before
-normalisation, whatever the picture. DALI's own bicubic does not keep that (up to 15/255), for two reasons:
+normalisation. The exception is stripes and checkerboards of one pixel, where many sums end in exactly one half and the
+two round them to different sides: the average reaches 0.98/255 (672 × 672 to 56), the largest difference stays 1/255
+there. DALI's own bicubic keeps no such bound (up to 15/255), for two reasons:
 
 - PIL rounds and clips to bytes between its two passes, first widths, then heights. So there are two here.
 - Where the filter reaches over an edge, PIL leaves those taps out and rescales the others; DALI takes the edge's pixel
@@ -17,7 +19,12 @@ normalisation, whatever the picture. DALI's own bicubic does not keep that (up t
 A bad file kills DALI's pipeline object and the batch in it, so files are screened in `read`: DALI gets JPEG and PNG of
 the kinds on which it agrees with PIL, whole to the end marker, not larger than PIL may decode. All others go through
 PIL, which decodes them or says what is wrong. Should DALI still refuse a file, the pipeline is made anew, the files are
-tried one by one, and PIL has the last word on that one: a file's pixels do not depend on its neighbours.
+tried one by one, and PIL has the last word on that one: a file's pixels do not depend on its neighbours. Where DALI
+refuses every one of several files that PIL decodes, DALI is at fault, and its error is raised.
+
+Host memory has a bound. A run takes at most 32 files and 32 megapixels, the largest picture made on the way counted for
+each (padded, or resized and not yet cut); a file above 16 megapixels goes to PIL. The worst found were 1.4 GB for two
+pictures of 336 × 47600; two photos of 4000 × 3000 took 0.6 GB. DALI keeps that memory for its next run.
 
 The GPU path (`device="mixed"`, then GPU operators) has tests marked `gpu`; it has not been run or measured yet.
 """
@@ -28,7 +35,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +45,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aligngpt.image import MAX_PIXELS, ImageError, open_image
+from aligngpt.image import ImageError, open_image, resized_size
 from aligngpt.processor import AlignGPTImageProcessor
 
 logger = logging.getLogger(__name__)
 
 FILES_A_RUN = 32  # what one run of the pipeline takes; more files go in several
-_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # stuffed zeros and restarts belong to the scan
+PIXELS_A_FILE = 16_000_000  # the largest picture, as `_pixels_made` counts, that DALI gets
+PIXELS_A_RUN = 32_000_000  # a run ends before it has more
+# Stuffed zeros and restarts belong to the scan. A marker may follow any number of 0xFF: the last of them is matched,
+# since a pattern that takes them all would start over at each.
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 
 
 def why_not_dali() -> str | None:
@@ -96,7 +107,7 @@ def screen(source: str | Path | bytes, image_processor: AlignGPTImageProcessor, 
         try:
             with Image.open(file, formats=("JPEG", "PNG")) as image:
                 (width, height), form, mode = image.size, image.format, image.mode
-            if _pixels_made(width, height, image_processor) > MAX_PIXELS:
+            if _pixels_made(width, height, image_processor) > PIXELS_A_FILE:
                 return None
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
         except Exception:  # whatever PIL's parsers trip over; the PIL path raises it again, with a name
@@ -110,7 +121,7 @@ def _pixels_made(width: int, height: int, image_processor: AlignGPTImageProcesso
     """The largest picture that PIL makes on the way, in pixels."""
     if image_processor.image_aspect_ratio == "pad":
         width = height = max(width, height)
-    resized = _resized(width, height, image_processor.size)
+    resized = resized_size(width, height, image_processor.size)
     return max(width * height, resized[0] * resized[1])
 
 
@@ -149,12 +160,6 @@ def _by_pil(source: str | Path | bytes, image_processor: AlignGPTImageProcessor,
 
 
 # ---------------------------------------------------------------------------------------------------- geometry
-
-
-def _resized(width: int, height: int, size: int) -> tuple[int, int]:
-    """Width and height once the short side is `size`, as in `aligngpt.image`."""
-    long = int(size * max(width, height) / min(width, height))
-    return (size, long) if width <= height else (long, size)
 
 
 def _bicubic(x: np.ndarray) -> np.ndarray:
@@ -198,6 +203,7 @@ class DaliPixels:
         """(M, 3, size, size) fp32 on the device, in the pictures' order; no later call changes it.
 
         ImageError: a file that neither DALI nor PIL decodes.
+        RuntimeError: of several files in a run DALI decodes none and PIL all.
         """
         size = self.image_processor.size
         pixels = torch.empty(len(pictures), 3, size, size, device=self.device)
@@ -207,28 +213,47 @@ class DaliPixels:
                 files[row] = picture
             else:
                 pixels[row] = picture
-        rows = list(files)
-        for start in range(0, len(rows), FILES_A_RUN):
-            some = rows[start : start + FILES_A_RUN]
-            self._decode_into(pixels, some, [files[row] for row in some])
+        for rows in self._runs(files):
+            self._decode_into(pixels, rows, [files[row] for row in rows])
         return pixels
 
-    def _decode_into(self, pixels: Tensor, rows: list[int], files: list[Encoded]) -> None:
+    def _runs(self, files: dict[int, Encoded]) -> Iterator[list[int]]:
+        """The rows in order, cut where a run would exceed `FILES_A_RUN` or `PIXELS_A_RUN`."""
+        rows: list[int] = []
+        total = 0
+        for row, file in files.items():
+            made = _pixels_made(file.width, file.height, self.image_processor)
+            if rows and (len(rows) == FILES_A_RUN or total + made > PIXELS_A_RUN):
+                yield rows
+                rows, total = [], 0
+            rows.append(row)
+            total += made
+        if rows:
+            yield rows
+
+    def _decode_into(self, pixels: Tensor, rows: list[int], files: list[Encoded]) -> str | None:
+        """One run; of a single file that PIL had to decode, DALI's reason is returned."""
         if self.pipeline is None:
             self.pipeline = self._build()
         try:
             pixels[rows] = self._run(files)
-        except RuntimeError:  # DALI's only kind; the pipeline can't be used after it
+        except RuntimeError as error:  # DALI's only kind; the pipeline can't be used after it
             self.pipeline = None
-            if len(files) > 1:
-                for row, file in zip(rows, files, strict=True):
-                    self._decode_into(pixels, [row], [file])
-                return
-            logger.info("%s: DALI can't decode it; PIL is asked", files[0].name)
-            pixels[rows[0]] = _by_pil(files[0].data, self.image_processor, files[0].name)
+            why = " ".join(str(error).split())
         else:
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()  # the copy ends before DALI's next run
+            return None
+        if len(files) == 1:
+            logger.info("%s: DALI can't decode it; PIL is asked. DALI says: %s", files[0].name, why)
+            pixels[rows[0]] = _by_pil(files[0].data, self.image_processor, files[0].name)
+            return why
+        reasons = [self._decode_into(pixels, [row], [file]) for row, file in zip(rows, files, strict=True)]
+        if all(reasons):
+            raise RuntimeError(
+                f"DALI fails on all {len(files)} files: {reasons[-1]}; --data.decoder pil does without it"
+            )
+        return None
 
     def _run(self, files: list[Encoded]) -> Tensor:
         """The pipeline's result, in memory that its next run overwrites."""
@@ -251,7 +276,7 @@ class DaliPixels:
             inputs["corner"] = numbers(-((side - height) // 2), -((side - width) // 2), dtype=np.int32)
             inputs["canvas"] = numbers(side, side, dtype=np.int32)
             width = height = side
-        new_width, new_height = _resized(width, height, size)
+        new_width, new_height = resized_size(width, height, size)
         left, top = (new_width - size) // 2, (new_height - size) // 2
         across, down = width / new_width, height / new_height
         return inputs | {

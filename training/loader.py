@@ -13,9 +13,9 @@ Where DALI decodes, the workers read and screen the files, and a thread of the t
 
 import dataclasses
 import os
-from collections import deque
+import queue
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -245,21 +245,35 @@ def micro_batches(
 def _decoded_ahead(
     loader: Iterator[Undecoded | BadSample], samples: Samples, device: torch.device
 ) -> Iterator[Batch | BadSample]:
-    """What the loader gives, decoded in order by a thread that keeps `AHEAD` batches in hand."""
+    """What the loader gives, decoded in order by a thread that keeps `AHEAD` batches in hand.
+
+    Nothing waits for the thread: a worker that hangs must not keep the process from ending. Once this is closed, the
+    thread ends with the item it is at.
+    """
     pixels = DaliPixels(samples.processor.image_processor, device)
+    ready: queue.Queue[Batch | BadSample | BaseException | None] = queue.Queue(AHEAD)
+    closed = threading.Event()
 
-    def take() -> Batch | BadSample | None:
-        item = next(loader, None)
-        return samples.decoded(item, pixels) if isinstance(item, Undecoded) else item
+    def work() -> None:
+        try:
+            for item in loader:
+                ready.put(samples.decoded(item, pixels) if isinstance(item, Undecoded) else item)
+                if closed.is_set():
+                    return
+            ready.put(None)
+        except BaseException as error:  # whatever it is, the consumer must not wait for ever
+            ready.put(error)
 
-    thread = ThreadPoolExecutor(1, thread_name_prefix="dali")
+    threading.Thread(target=work, name="dali", daemon=True).start()
     try:
-        waiting = deque(thread.submit(take) for _ in range(AHEAD))
-        while (item := waiting.popleft().result()) is not None:
-            waiting.append(thread.submit(take))
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
             yield item
     finally:
-        thread.shutdown(cancel_futures=True)
+        closed.set()
+        while not ready.empty():  # makes room for what the thread still puts
+            ready.get()
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -174,13 +174,18 @@ def read_steps(samples: Samples, plan: list[list[list[int]]], world: World, *, w
 def with_decoder(config: TrainConfig, world: World) -> TrainConfig:
     """The config with `--data.decoder` settled, the same for all processes: they may run on different machines.
 
+    "auto" is what the run folder's run began with, and for a new run DALI where all processes have it.
+
     Raises:
         ValueError: it is "dali", which one of them lacks.
     """
     missing = next((why for why in world.gather(why_not_dali()) if why), None)
-    decoder = config.data.decoder
+    decoder, asked = config.data.decoder, f"--data.decoder is {config.data.decoder!r}"
+    if decoder == "auto" and (Path(config.run_dir) / "config.json").is_file():
+        decoder = checkpointing.recorded(Path(config.run_dir))["data.decoder"]
+        asked += f" and the run in {config.run_dir} began with {decoder!r}"
     if decoder == "dali" and missing:
-        raise ValueError(f"--data.decoder is 'dali'; it needs DALI in every process: {missing}")
+        raise ValueError(f"{asked}; it needs DALI in every process: {missing}")
     if decoder == "auto":
         decoder = "pil" if missing else "dali"
         logger.info("images are decoded by %s", f"PIL: {missing}" if missing else f"DALI on {world.device}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from aligngpt.image import MAX_PIXELS, ImageError, open_image, preprocess
+from aligngpt.image import MAX_PIXELS, ImageError, open_image, preprocess, resized_size
 
 RECORDED = np.load(Path(__file__).parents[1] / "data" / "oracle" / "image_preprocess.npz")
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -48,6 +48,20 @@ def test_stretch_is_a_plain_resize(resample):
     pixels = np.asarray(image.resize((56, 56), resample), dtype=np.float64) / 255
     expected = torch.from_numpy(((pixels - MEAN) / STD).transpose(2, 0, 1))
     assert (found - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("aspect", ["square", "stretch"])
+@pytest.mark.parametrize("width", [400, 40])  # made smaller, as where Pillow 13 turns the passes round; made larger
+def test_widths_are_resized_before_heights(width, aspect):
+    """Black and white noise, taller than 2:1: what is clipped between the passes shows their order."""
+    size = 56
+    pixels = np.random.default_rng(0).integers(0, 2, (1000, width, 3), dtype=np.uint8) * 255
+    image = Image.fromarray(pixels)
+    new = resized_size(width, 1000, size) if aspect == "square" else (size, size)
+    expected = image.resize((new[0], 1000), Image.Resampling.BICUBIC).resize(new, Image.Resampling.BICUBIC)
+    top = (new[1] - size) // 2
+    found = preprocess(image, size=size, mean=(0, 0, 0), std=(1, 1, 1), aspect=aspect)
+    assert np.array_equal((found * 255).round().numpy().transpose(1, 2, 0), np.asarray(expected)[top : top + size])
 
 
 def test_fault_8_modes_are_as_pil_converts_them(tmp_path):

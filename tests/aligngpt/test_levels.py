@@ -13,6 +13,7 @@ from aligngpt.cli import main
 from aligngpt.data.llava_json import read_llava_json
 from aligngpt.data.tables import data_hash, read_table, write_table
 from aligngpt.levels import SET_ASIDE, cut_levels, read_levels, with_levels
+from aligngpt.levels_report import histogram
 
 PAIRS = 50
 
@@ -154,11 +155,41 @@ def test_command_end_to_end(place, capsys):
     assert sum(sample.level is None for sample in kept) == 5  # text alone
     assert json.loads((place / "leveled.json").read_text())[9]["model"] == "kept"
 
-    histogram, sheet = (np.asarray(Image.open(report / name)) for name in ("levels.png", "contact-sheet.png"))
-    assert histogram.std() > 20
+    with Image.open(report / "levels.png") as picture:
+        assert picture.size == (11 * 110, 5 * 110)
+    sheet = np.asarray(Image.open(report / "contact-sheet.png"))
     blues = {tuple(pixel) for pixel in sheet[::3, ::3, :3].reshape(-1, 3) if tuple(pixel[1:]) == (100, 200)}
     assert len(blues) >= 4 * 6 - 1  # each picture is of one colour: six of each level, perhaps not the missing one
     assert not list(place.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("cut", ["count", "range"])
+def test_the_histogram_shows_every_pair_in_its_level_and_the_cuts(cut):
+    scores = np.append(np.random.default_rng(0).normal(size=1000), np.nan)
+    levels, cuts = cut_levels(scores, 4, cut)
+    axes = histogram(scores, levels, cuts, cut).axes[0]
+    assert [line.get_xdata()[0] for line in axes.lines] == cuts.tolist()
+    width = axes.containers[0][0].get_width()
+    bounds = [-np.inf, *cuts, np.inf]
+    for level, bars in enumerate(axes.containers):
+        drawn = [bar for bar in bars if bar.get_height()]
+        assert sum(bar.get_height() for bar in drawn) == (levels == level).sum()
+        assert min(bar.get_x() for bar in drawn) > bounds[level] - width  # a cut may lie inside a bar
+        assert max(bar.get_x() for bar in drawn) < bounds[level + 1]
+    assert len(axes.containers) == 4
+    assert axes.get_title(loc="left") == f"1,000 pairs in 4 levels of equal {cut} (1 without a score set aside)"
+
+
+def test_folders_that_are_missing_are_made(place):
+    new = place / "new"
+    more = ["--out", new / "a/levels.parquet", "--json", new / "b/data.json", "--report", new / "c/d"]
+    assert command(place, *more, "--image-folder", place) == 0
+    assert sorted(path.name for path in new.rglob("*.*")) == [
+        "contact-sheet.png",
+        "data.json",
+        "levels.parquet",
+        "levels.png",
+    ]
 
 
 def test_same_scores_same_bytes(place):
@@ -204,7 +235,12 @@ def test_fault_35_a_level_that_is_missing_or_out_of_range_is_named(place):
         (None, ["--report", "r"], "--image-folder is None; --report needs a folder"),
         (None, ["--num-levels", "49"], "48 of 50 pairs have a score; 49 levels need one pair each"),
         (None, ["--num-levels", "1"], "num_levels is 1"),
-        (None, ["--json", "DATA"], "which is read here; it needs another name"),
+        (None, ["--json", "PLACE/data.json"], "which is read here; it needs another name"),
+        (None, ["--out", "PLACE/scores.parquet"], "which is read here; it needs another name"),
+        (None, ["--json", "PLACE/levels.parquet"], "which is already written here; it needs another name"),
+        (None, ["--json", "PLACE"], "which is a folder; it needs the name of a file"),
+        (None, ["--json", "PLACE/0.png/data.json"], "0.png takes no files"),
+        (None, ["--report", "PLACE/0.png", "--image-folder", "PLACE"], "0.png takes no files"),
         (lambda place: (place / "scores.parquet").write_bytes(b"PAR1"), [], "scores.parquet is no Parquet file"),
         (
             lambda place: pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), place / "scores.parquet"),
@@ -222,7 +258,7 @@ def test_fault_35_a_level_that_is_missing_or_out_of_range_is_named(place):
 def test_bad_input_is_one_sentence(place, capsys, spoil, more, says):
     if spoil:
         spoil(place)
-    assert command(place, *(str(place / "data.json") if word == "DATA" else word for word in more)) == 2
+    assert command(place, *(word.replace("PLACE", str(place)) for word in more)) == 2
     captured = capsys.readouterr()
     assert says in captured.err
     assert captured.err.count("\n") == 1

@@ -1,5 +1,8 @@
 """The processor: prompts, messages, training samples, and its folder."""
 
+import contextlib
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -166,3 +169,21 @@ def test_a_samples_error_names_its_record(processor, tmp_path):
     for image in ("a.png", "b.png", "../b.png"):
         with pytest.raises(ValueError, match=rf"record 3 \(id x7\): .*{image[-5:]}"):
             processor.example(Sample("x7", (image,), turns, None, 3), tmp_path)
+
+
+def test_fault_52_code_that_a_folder_brings_is_never_run(processor, tmp_path, monkeypatch):
+    """Nor is the user asked: typing "y" to such a question would run it."""
+    processor.save_pretrained(tmp_path)
+    ran = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(
+        f"from transformers import PreTrainedTokenizerFast\nopen({str(ran)!r}, 'w')\n"
+        "class Tokenizer(PreTrainedTokenizerFast): pass\n"
+    )
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]}}
+    config["tokenizer_class"] = "Tokenizer"
+    file.write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with contextlib.suppress(ValueError):
+        AlignGPTProcessor.from_pretrained(tmp_path)
+    assert not ran.exists()

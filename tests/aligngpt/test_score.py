@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
+from transformers import CLIPConfig, CLIPModel, GemmaTokenizer, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
 from aligngpt.cli import main
 from aligngpt.data.llava_json import read_llava_json
 from aligngpt.data.tables import data_hash, read_table
-from aligngpt.score import PairBatches, load_model, pair_text, score_pairs, write_scores
+from aligngpt.score import PairBatches, load_model, model_hash, pair_text, score_pairs, write_scores
 
 SIZE, LENGTH = 32, 24
 MEAN, STD = {"clip": (0.4, 0.5, 0.6), "siglip": (0.5, 0.5, 0.5)}, (0.2, 0.3, 0.4)
@@ -119,10 +119,13 @@ def by_another_way(kind, folder, sample, images, dtype):
             image = Image.open(images / name)
             if kind == "clip":
                 short = min(image.size)
-                image = image.resize([int(SIZE * side / short) for side in image.size], Image.Resampling.BICUBIC)
+                width, height = (int(SIZE * side / short) for side in image.size)
+                image = image.resize((width, image.height), Image.Resampling.BICUBIC)  # widths first in every Pillow
+                image = image.resize((width, height), Image.Resampling.BICUBIC)
                 left, top = ((side - SIZE) // 2 for side in image.size)
                 image = image.crop((left, top, left + SIZE, top + SIZE))
             else:
+                image = image.resize((SIZE, image.height), Image.Resampling.BILINEAR)
                 image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
             pixels = (np.asarray(image) / 255 - MEAN[kind]) / STD
             found = model.vision_model(torch.tensor(pixels.transpose(2, 0, 1)[None], dtype=dtype)).pooler_output
@@ -266,6 +269,79 @@ def test_fault_32_a_killed_scoring_goes_on_and_ends_with_the_same_bytes(folders,
     assert len(scored) == 6 + 3
 
 
+def half(chunk):
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+
+
+def spoiled_page(chunk):
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:4] + b"\xff" * 40 + content[44:])
+
+
+@pytest.mark.parametrize("damage", [lambda chunk: chunk.write_bytes(b""), half, spoiled_page])
+def test_a_damaged_chunk_is_scored_again(damage, folders, data, tmp_path, monkeypatch):
+    import aligngpt.score as score
+
+    monkeypatch.setattr(score, "PAIRS_PER_CHUNK", 2)
+    samples = read_llava_json(data / "data.json")
+    straight, out = tmp_path / "straight.parquet", tmp_path / "scores.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr(score.shutil, "rmtree", lambda folder: None)
+        write_scores(straight, samples, data, folders["clip"], batch_size=2)
+    (tmp_path / "straight.parquet.chunks").rename(tmp_path / "scores.parquet.chunks")
+    damage(tmp_path / "scores.parquet.chunks/000001.parquet")
+    write_scores(out, samples, data, folders["clip"], batch_size=2)
+    assert out.read_bytes() == straight.read_bytes()
+
+
+def test_chunks_of_another_tokenizer_are_not_used(folders, tmp_path):
+    folder = shutil.copytree(folders["clip"], tmp_path / "model")
+    before = model_hash(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": {"type": "Lowercase"}}))
+    after = model_hash(folder)
+    assert {name for name in before if before[name] != after[name]} == {"tokenizer.json"}
+    for name in ("vocab.json", "merges.txt", "spiece.model"):
+        (folder / name).write_text("words")
+        assert name in model_hash(folder)
+
+
+def test_a_siglip_2_reads_small_letters(folders, data, tmp_path):
+    """Its folder has the type "siglip" and Gemma's tokenizer, which leaves capitals as they are."""
+    folder = shutil.copytree(folders["siglip"], tmp_path / "model")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    GemmaTokenizer({word: id for id, word in enumerate(words)}).save_pretrained(folder)
+    sample = read_llava_json(data / "data.json")[0]
+    texts = ("A Red CAR", "a red car")
+    samples = [replace(sample, turns=(sample.turns[0], replace(sample.turns[1], text=text))) for text in texts]
+    _, preparation = load_model(folder)
+    capitals, small = PairBatches(samples, data, preparation)[[0, 1]].token_ids
+    assert preparation.lower
+    assert torch.equal(capitals, small)
+    read = preparation.tokenizer.convert_ids_to_tokens(small)
+    assert "".join(read).startswith("a▁red▁car") or "".join(read).startswith("<bos>a▁red▁car")
+    assert not load_model(folders["siglip"])[1].lower
+
+
+def test_the_data_is_never_overwritten(folders, data, tmp_path, capsys):
+    mine = shutil.copytree(data, tmp_path / "data") / "data.json"
+    before = mine.read_bytes()
+    (tmp_path / "link.json").symlink_to(mine)
+    for out, says in (
+        (mine, "data.json, which is read here; it needs another name"),
+        (tmp_path / "link.json", "link.json, which is read here; it needs another name"),
+        (tmp_path, "which is a folder; it needs the name of a file"),
+        (mine / "scores.parquet", "data.json takes no files (File exists); it needs a folder that can be written to"),
+    ):
+        words = ["--model", "/nowhere", "--image-folder", data, "--out", out]  # refused before the model is looked for
+        assert main(["score", str(mine), *map(str, words)]) == 2
+        assert f"aligngpt score: --out would write {out}" in (said := capsys.readouterr().err)
+        assert says in said
+        assert mine.read_bytes() == before
+
+
 def test_command_writes_scores_and_where_they_come_from(folders, data, tmp_path, capsys):
     out = tmp_path / "new/scores.parquet"
     words = ["--model", folders["siglip"], "--image-folder", data, "--out", out, "--workers", 0, "--device", "cpu"]
@@ -283,7 +359,8 @@ def test_command_writes_scores_and_where_they_come_from(folders, data, tmp_path,
         "problem": "string",
     }
     assert metadata["data"] == {"sha256": data_hash(read_llava_json(data / "data.json")), "samples": 8}
-    assert metadata["model"]["sha256"].keys() == {"config.json", "model.safetensors"}
+    weights, words = {"config.json", "model.safetensors"}, {"tokenizer.json", "tokenizer_config.json"}
+    assert metadata["model"]["sha256"].keys() == weights | words
     assert metadata["image"] == {
         "size": SIZE,
         "aspect": "stretch",
@@ -291,7 +368,7 @@ def test_command_writes_scores_and_where_they_come_from(folders, data, tmp_path,
         "mean": list(MEAN["siglip"]),
         "std": list(STD),
     }
-    assert metadata["text"] == {"tokens": LENGTH, "padded": True}
+    assert metadata["text"] == {"tokens": LENGTH, "padded": True, "lower": False}
     assert str(tmp_path.parent) not in json.dumps(metadata)  # names, no paths of this machine
 
 

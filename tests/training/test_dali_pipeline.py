@@ -1,7 +1,9 @@
 """DALI against PIL: the same pixels within 4/255 and 0.25/255 on average, and no file that hurts another."""
 
+import dataclasses
 import io
 import json
+import platform
 import shutil
 import struct
 import subprocess
@@ -27,6 +29,9 @@ from training import dali_pipeline, loop
 from training.config import tiny
 from training.dali_pipeline import FILES_A_RUN, DaliPixels, Encoded, read, screen, why_not_dali
 from training.loader import BadSample, Samples, micro_batches
+
+if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+    pytest.skip("setup.py leaves DALI out on this platform", allow_module_level=True)
 
 CPU = torch.device("cpu")
 
@@ -80,6 +85,7 @@ SIZES = [
     (300, 300),
     (56, 56),  # left as it is, or made larger
     (31, 43),
+    (400, 1000),  # taller than 2:1: Pillow 13 by itself would resize heights first
     (900, 33),  # one side made larger, the middle kept or nearly all of it padding
     (13, 500),
     (3, 2),  # the filter reaches over both edges
@@ -191,6 +197,14 @@ def test_fault_3_truncated(data: bytes, share: float) -> None:
     assert_refused_like_pil(data[: int(len(data) * share)], "can't be decoded|not an image")
 
 
+def test_fault_3_a_truncated_jpeg_filled_up_with_ones_is_refused_in_linear_time() -> None:
+    """A pattern that takes whole runs of 0xFF would need hours for this one."""
+    data = encoded(noise())
+    assert_refused_like_pil(data[: len(data) // 2] + b"\xff" * 1_000_000, "can't be decoded")
+    filled = data[:-2] + b"\xff" * 7 + data[-2:]  # fill bytes before a marker are allowed
+    assert isinstance(read(filled, make().image_processor), Encoded)
+
+
 @pytest.mark.parametrize("aspect", ["square", "pad"])
 def test_fault_10_a_shape_too_long_is_refused_by_name(aspect: str) -> None:
     data = encoded(noise(1, 20_000), "PNG")
@@ -299,6 +313,54 @@ def test_a_file_has_the_same_pixels_in_any_batch_and_keeps_them() -> None:
     assert dali.pixels([]).shape == (0, 3, 56, 56)
 
 
+def test_runs_are_cut_by_files_and_by_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, with the pixels of whole runs; a picture counts as the largest that is made of it."""
+    dali = make(size=56, aspect="square")
+    sources = [encoded(scene(*size)) for size in [(100, 100), (100, 100), (200, 100), (56, 560), (10, 100), (60, 60)]]
+    expected = dali.pixels(sources)
+
+    monkeypatch.setattr(dali_pipeline, "PIXELS_A_FILE", 31_000)
+    monkeypatch.setattr(dali_pipeline, "PIXELS_A_RUN", 40_000)
+    files = [read(source, dali.image_processor) for source in sources]
+    assert [isinstance(file, Encoded) for file in files] == [True, True, True, False, False, True]
+    at_work: list[int] = []
+    whole_run = dali._run
+
+    def counted(run: list[Encoded]) -> Tensor:
+        at_work.append(len(run))
+        return whole_run(run)
+
+    monkeypatch.setattr(dali, "_run", counted)
+    found = dali.decode(files)
+    assert at_work == [3, 1]  # 10,000 + 10,000 + 20,000, and one more
+    by_dali = [0, 1, 2, 5]
+    assert torch.equal(found[by_dali], expected[by_dali])
+    assert_close(found, expected, dali.image_processor)
+
+    at_work.clear()
+    monkeypatch.setattr(dali_pipeline, "FILES_A_RUN", 2)
+    dali.decode(files)
+    assert at_work == [2, 2]
+
+
+def test_dali_that_fails_on_every_file_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not a reason to leave all to PIL in silence. One file alone may be odd; then DALI's reason is logged."""
+    dali = make()
+    files = [read(encoded(scene(60, 50)), dali.image_processor, name=f"file {number}") for number in range(3)]
+
+    def fail(run: list[Encoded]) -> Tensor:
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(dali, "_run", fail)
+    with pytest.raises(RuntimeError, match=r"^DALI fails on all 3 files: out of memory; --data\.decoder pil does"):
+        dali.decode(files)
+    with caplog.at_level("INFO"):
+        dali.decode(files[:1])
+    assert "file 0: DALI can't decode it; PIL is asked. DALI says: out of memory" in caplog.text
+
+
 def test_an_aspect_it_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="aspect is 'stretch'"):
         make(aspect="stretch")
@@ -367,13 +429,30 @@ def test_bad_samples_are_named_wherever_they_are_found(make_samples: Callable[[b
     assert isinstance(found[2], Batch)
 
 
-def test_the_decoder_is_dali_where_every_process_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def settled(decoder: str, *answers: str | None) -> str:
-        world: Any = SimpleNamespace(device=CPU, gather=lambda mine: list(answers))
-        config = tiny("pretrain")
-        config = loop.dataclasses.replace(config, data=loop.dataclasses.replace(config.data, decoder=decoder))
-        return loop.with_decoder(config, world).data.decoder
+def settled(decoder: str, *answers: str | None, run_dir: Path | None = None) -> str:
+    """What a run settles on whose processes answer why they lack DALI."""
+    world: Any = SimpleNamespace(device=CPU, gather=lambda mine: list(answers))
+    config = tiny("pretrain")
+    data: Any = dataclasses.replace(config.data, decoder=decoder)
+    config = dataclasses.replace(config, run_dir=str(run_dir or ""), data=data)
+    return loop.with_decoder(config, world).data.decoder
 
+
+@pytest.mark.parametrize(
+    ("began_with", "data"), [("pil", {"decoder": "pil"}), ("pil", {}), ("dali", {"decoder": "dali"})]
+)
+def test_auto_keeps_what_the_run_began_with(tmp_path: Path, began_with: str, data: dict[str, str]) -> None:
+    """{}: a run from before there was a choice."""
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"data": data}}))
+    assert settled("auto", None, run_dir=tmp_path) == began_with
+    if began_with == "dali":
+        with pytest.raises(ValueError, match=r"'auto' and the run in .* began with 'dali'; it needs DALI .*: no DALI"):
+            settled("auto", None, "no DALI", run_dir=tmp_path)
+    else:
+        assert settled("auto", "no DALI", run_dir=tmp_path) == "pil"
+
+
+def test_the_decoder_is_dali_where_every_process_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not_dali() is None
     assert [settled("auto", None, None), settled("dali", None), settled("pil", None)] == ["dali", "dali", "pil"]
     with monkeypatch.context() as patch:

@@ -1,9 +1,17 @@
 """The order of samples: every one once an epoch, a function of (seed, epoch), the same for any number of processes."""
 
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
-from training.loader import Order, random_level, share
+from aligngpt.processor import AlignGPTImageProcessor
+from training import loader
+from training.loader import BadSample, Order, Undecoded, random_level, share
 
 
 @pytest.mark.parametrize("kind", ["shuffle", "grouped"])
@@ -64,3 +72,71 @@ def test_665k_samples_are_ordered_within_a_second() -> None:
     started = time.perf_counter()
     next(Order(665_000, 128, 0, "grouped", lengths=lengths, has_image=has_image).steps(3000, 3001))
     assert time.perf_counter() - started < 1
+
+
+def decoded_ahead(items: Iterator[Any], decoded: Any) -> Any:
+    """`loader._decoded_ahead` of items, which it decodes by the given function."""
+    samples: Any = SimpleNamespace(processor=SimpleNamespace(image_processor=AlignGPTImageProcessor(28)))
+    samples.decoded = lambda item, pixels: decoded(item)
+    return loader._decoded_ahead(items, samples, torch.device("cpu"))
+
+
+def undecoded(number: int) -> Any:
+    batch: Any = number
+    return Undecoded(batch, [])
+
+
+def test_decoding_ahead_keeps_the_order_and_hands_its_exceptions_over() -> None:
+    def decoded(item: Any) -> int:
+        if item.batch == 7:
+            raise RuntimeError("DALI fails")
+        return 10 * item.batch
+
+    bad = BadSample("data.json: record 3")
+    items = [undecoded(0), undecoded(1), bad, *(undecoded(number) for number in range(2, 7))]
+    expected = [0, 10, bad, 20, 30, 40, 50, 60]
+    assert list(decoded_ahead(iter(items), decoded)) == expected
+
+    stream = decoded_ahead(iter([*items, undecoded(7), undecoded(8)]), decoded)
+    assert [next(stream) for _ in expected] == expected
+    with pytest.raises(RuntimeError, match="DALI fails"):
+        next(stream)
+
+
+def test_decoding_ahead_is_closed_without_waiting_for_a_loader_that_hangs() -> None:
+    """The thread ends with the item it is at. Were it waited for, `close` would not come back."""
+    hangs, goes_on = threading.Event(), threading.Event()
+    threads = []
+
+    def items() -> Iterator[Any]:
+        threads.append(threading.current_thread())
+        yield undecoded(0)
+        hangs.set()
+        assert goes_on.wait(60)
+        for number in range(1, 100):
+            yield undecoded(number)
+
+    stream = decoded_ahead(items(), lambda item: item.batch)
+    assert next(stream) == 0
+    assert hangs.wait(60)
+    stream.close()
+    assert not goes_on.is_set()
+    assert threads[0].is_alive()
+    assert threads[0].daemon
+    goes_on.set()
+    threads[0].join(60)
+    assert not threads[0].is_alive()
+
+
+def test_decoding_ahead_is_closed_while_its_thread_waits_for_room() -> None:
+    threads = []
+
+    def items() -> Iterator[Any]:
+        threads.append(threading.current_thread())
+        yield from map(undecoded, range(100))
+
+    stream = decoded_ahead(items(), lambda item: item.batch)
+    assert next(stream) == 0
+    stream.close()
+    threads[0].join(60)
+    assert not threads[0].is_alive()

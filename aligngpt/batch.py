@@ -4,7 +4,8 @@ Samples keep their order and their content. Text-only and image samples mix free
 `pixel_values` of zero images, so that every rank of a sharded run does the same work.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from aligngpt_kernels import InjectionPlan, injection_plan
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
 
 from .text import IGNORE_INDEX, TokenIds, Tokenized
 
@@ -97,3 +99,23 @@ def collate(examples: Sequence[Example], *, token_ids: TokenIds, rows_per_image:
         plan=injection_plan(input_ids, image_token_id=token_ids.image, align_token_id=token_ids.align),
         rows=(shifted.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1),
     )
+
+
+def load_in_order(dataset: Dataset[Any], keys: Iterable[Any], *, workers: int) -> Iterator[Any]:
+    """`dataset[key]` for each key, in order, made ahead of time by `workers` processes; with 0 it is made here."""
+    # The tokenizer's own threads do not survive the fork into workers; said here, it need not be warned about.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return iter(
+        DataLoader(
+            dataset,
+            sampler=keys,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+        )
+    )
+
+
+def _as_it_is(loaded: Any) -> Any:
+    return loaded

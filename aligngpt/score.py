@@ -40,9 +40,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from . import __version__
+from .batch import load_in_order
 from .checkpoint import read_config
 from .data.llava_json import Sample, image_path, read_llava_json
 from .data.tables import data_hash, prepare_outputs, read_table, write_table
@@ -270,16 +271,7 @@ def score_pairs(
     """
     pairs = [record for record, sample in enumerate(samples) if sample.images]
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)][first:]
-    # The tokenizer's own threads do not survive the fork into workers; said here, it need not be warned about.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    loader: DataLoader[PairBatch] = DataLoader(
-        PairBatches(samples, image_folder, preparation),
-        sampler=batches,
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-    )
-    for batch in loader:
+    for batch in load_in_order(PairBatches(samples, image_folder, preparation), batches, workers=workers):
         scores = np.full(len(batch.records), np.nan, dtype=np.float32)
         problems = list(batch.problems)
         good = [place for place, problem in enumerate(problems) if problem is None]
@@ -302,10 +294,6 @@ def _cosines(model: nn.Module, batch: PairBatch, padded: bool) -> np.ndarray:
     cosines = F.cosine_similarity(found.image_embeds, texts, dim=-1).double().cpu().numpy()
     owners = batch.owners.numpy()
     return np.bincount(owners, weights=cosines) / np.bincount(owners)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 # ---------------------------------------------------------------------------------------------------- the file

@@ -15,10 +15,8 @@ After the rows come blocks that see the rows and themselves but not each other: 
 those of stage 1 though less often, and questions with answers.
 """
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
 
 import torch
@@ -28,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from aligngpt.data.scenes import COLUMNS, KINDS, NUMBERS, ROWS, Scene, ask, caption, corrupt, draw_scene
-from demo.miniature import CHAT_TEMPLATE, SCENE_WORDS, Optimizers, made_whole, run, word_tokenizer
+from demo.miniature import CHAT_TEMPLATE, SCENE_WORDS, Optimizers, made_whole, read_arguments, run, word_tokenizer
 
 WIDTH, LAYERS = 128, 3
 BATCH = 64
@@ -161,12 +159,7 @@ def build(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m demo.language", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder of the model")
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.manual_seed(args.seed)
+    args = read_arguments("demo.language", __doc__)
     tokenizer = word_tokenizer(WORDS, chat_template=CHAT_TEMPLATE)
     model = build(tokenizer)
     optimizers = Optimizers(model, matrix_lr=0.02, lr=2e-3, betas=(0.9, 0.95))

@@ -4,6 +4,7 @@ A real run downloads its vision tower and its LLM. The demo trains small ones of
 the purpose, and saves them as the ordinary folders that every command takes.
 """
 
+import argparse
 import json
 import math
 import os
@@ -79,6 +80,17 @@ class Optimizers:
 def rate(step: int, total_steps: int) -> float:
     """Share of the peak rate at step 0, 1, …: up over 20 steps, level until half time, then down to a fiftieth."""
     return min((step + 1) / 20, 1.0, max(0.02, (total_steps - step) / (total_steps / 2)))
+
+
+def read_arguments(module: str, doc: str) -> argparse.Namespace:
+    """A miniature's command line: out, steps and seed, with which torch is seeded."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder of the model")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    return args
 
 
 @contextmanager

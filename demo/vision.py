@@ -10,11 +10,9 @@ true captions. Four things are special, since it has a minute and a half instead
 - each picture also sees one false caption of its own, with one or more facts replaced (half of them: one shape).
 """
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -26,7 +24,7 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from aligngpt.data.scenes import CELL, PIXELS, SHAPES, Scene, caption, corrupt, draw_scene, render, write_json
-from demo.miniature import SCENE_WORDS, Optimizers, made_whole, run, word_tokenizer
+from demo.miniature import SCENE_WORDS, Optimizers, made_whole, read_arguments, run, word_tokenizer
 
 WIDTH, TEXT_WIDTH, LAYERS, TEXT_LAYERS = 128, 64, 2, 2
 MAX_WORDS = 20  # three objects take 17, BOS and EOS
@@ -112,12 +110,7 @@ def losses(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, random: Random)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m demo.vision", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder of the model")
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.manual_seed(args.seed)
+    args = read_arguments("demo.vision", __doc__)
     random = Random(f"vision {args.seed}")
     tokenizer = word_tokenizer(["and", *SCENE_WORDS])
     model = build(tokenizer, random)

@@ -12,18 +12,17 @@ Where DALI decodes, the workers read and screen the files, and a thread of the t
 """
 
 import dataclasses
-import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from aligngpt.batch import Batch, Example, collate
+from aligngpt.batch import Batch, Example, collate, load_in_order
 from aligngpt.data.llava_json import Sample, image_path
 from aligngpt.image import ImageError
 from aligngpt.processor import AlignGPTProcessor
@@ -227,18 +226,7 @@ def micro_batches(
 
     DALI leaves pixels on the device; everything else is on the host.
     """
-    # The tokenizer's own threads do not survive the fork into workers; said here, it need not be warned about.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    loader = iter(
-        DataLoader(
-            samples,
-            sampler=parts,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-        )
-    )
+    loader = load_in_order(samples, parts, workers=workers)
     return _decoded_ahead(loader, samples, device) if samples.decode_by_dali else loader
 
 
@@ -274,7 +262,3 @@ def _decoded_ahead(
         closed.set()
         while not ready.empty():  # makes room for what the thread still puts
             ready.get()
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

@@ -38,7 +38,7 @@ setup(
         "training": "training",
     },
     packages=["aligngpt_kernels", "aligngpt", "aligngpt.data", "training"],
-    package_data={"aligngpt_kernels": ["py.typed"]},
+    package_data={"aligngpt_kernels": ["py.typed", "measured.json"]},
     install_requires=[
         "torch>=2.11",
         'triton>=3.6; platform_system == "Linux"',  # the fused kernels; also compiles them ahead of time without a GPU
@@ -58,6 +58,7 @@ setup(
             *TRAIN,
             "pytest>=8",  # runs tests/ and benchmarks/
             "pytest-benchmark>=5",  # times benchmarks/
+            "hypothesis>=6.100",  # property tests of the kernels' arithmetic
             "ruff==0.17.6",  # formatter and linter, pinned so that a check means the same everywhere
             "mypy==2.4.1",  # type checker, pinned likewise
             # decodes images in training; tested against PIL

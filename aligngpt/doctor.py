@@ -337,14 +337,10 @@ def _choices(
     torch: ModuleType, gpus: list[dict[str, Any]], no_gpu: str | None, findings: list[Finding]
 ) -> dict[str, str]:
     """What this version does here, part by part."""
-    from aligngpt_kernels.dispatch import TRITON_OPS
-
     by_name = {finding.package.name: finding for finding in findings}
     triton_works = by_name["triton"].status == "ok"
     why_not = "no GPU" if not gpus else "" if triton_works else "the package triton does not work"
-    triton = f"could run no kernel here: {why_not}" if why_not else "could run kernels here"
-    if not TRITON_OPS:
-        triton += "; this version has none"
+    triton = f"runs no kernel here: {why_not}" if why_not else "runs the ops marked triton above"
     processes = "NCCL, one process a GPU" if gpus else "gloo"
     if not torch.distributed.is_available():
         processes = "one process only: this torch is built without torch.distributed"
@@ -404,7 +400,7 @@ def report(facts: dict[str, Any]) -> str:
 
     if facts["ops"]:
         lines += ["", "Ops of aligngpt_kernels"]
-        lines += [f"  {row['op']:22}{row['runs']:11}{row['why']}" for row in facts["ops"]]
+        lines += [f"  {row['op']:28}{row['runs']:11}{row['why']}" for row in facts["ops"]]
     if facts["choices"]:
         lines += ["", "What is used here"]
         lines += [f"  {part:16}{choice}" for part, choice in facts["choices"].items()]

@@ -1,6 +1,7 @@
 """What several tests need: the oracle, tiny random backbones, and folders made of them."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ ALIGN, IMAGE = VOCAB, VOCAB + 1
 WIDTH = 64
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it where a kernel is defined, so before `aligngpt_kernels`
 
 
 @pytest.fixture(autouse=True)

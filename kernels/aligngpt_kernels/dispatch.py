@@ -2,57 +2,205 @@
 
 An op is called with `impl="auto" | "triton" | "reference"`. `why_not_triton` looks at the call and returns None, or a
 sentence saying why Triton cannot take it: "auto" then runs the PyTorch reference and logs the sentence once, "triton"
-raises `KernelUnavailable` with it. No environment variable changes the choice.
+raises `KernelUnavailable` with it. No environment variable changes what "auto" picks.
+
+"auto" also goes by measurement: `measured.json` holds, by GPU, the time of what an op replaces divided by the time of
+its kernels. Below 1 the reference runs. An op that replaces calls of a tuned library (`MUST_BE_MEASURED`) waits for a
+measurement; the others do less work than their reference by construction and run unmeasured.
 """
 
+import contextlib
 import functools
-import importlib.util
+import json
 import logging
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    from types import SimpleNamespace
+
+    # Kernels below are then plain functions that nothing calls: `why_not_triton` says that the package is missing.
+    triton, tl = SimpleNamespace(jit=lambda kernel: kernel, __version__=None), SimpleNamespace(constexpr=int)
+
 logger = logging.getLogger(__name__)
 
 Impl = Literal["auto", "triton", "reference"]
-TRITON_OPS: frozenset[str] = frozenset()  # names of the ops that have a Triton kernel
+INTERPRETED = triton.__version__ is not None and triton.knobs.runtime.interpret  # read by triton.jit at import too
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MUST_BE_MEASURED = frozenset({"fused_projector", "project_and_inject"})
 
 
 class KernelUnavailable(RuntimeError):
     """A Triton kernel was asked for by name and cannot take this call; the message says why."""
 
 
-def why_not_triton(op: str, device: torch.device) -> str | None:
-    """None if Triton can run `op` on `device`, else the reason as a sentence."""
-    if op not in TRITON_OPS:
-        return "this version has no Triton kernel for it"
+class Chip(NamedTuple):
+    """What the tile tables go by."""
+
+    capability: int  # 80, 90, 100: ten times the CUDA compute capability
+    multiprocessors: int
+    shared_bytes: int  # that one block may use
+
+    @property
+    def has_tma(self) -> bool:
+        """Whether blocks can be copied through tensor descriptors."""
+        return self.capability >= 90
+
+
+A100, H100, B200 = Chip(80, 108, 166_912), Chip(90, 132, 232_448), Chip(100, 148, 232_448)
+_assumed: list[Chip] = []
+
+
+@functools.cache
+def _chip(index: int) -> Chip:
+    properties = torch.cuda.get_device_properties(index)
+    capability = 10 * properties.major + properties.minor
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Chip(capability, properties.multi_processor_count, shared_bytes)
+
+
+def chip(device: torch.device) -> Chip:
+    """The chip that kernels for tensors on `device` are laid out for."""
+    if _assumed:
+        return _assumed[-1]
     if device.type != "cuda":
-        return f"its inputs are on {device}, and Triton kernels run on CUDA devices"
-    if importlib.util.find_spec("triton") is None:
+        return A100  # Triton's interpreter
+    return _chip(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@contextlib.contextmanager
+def assume_chip(assumed: Chip) -> Iterator[None]:
+    """Lay kernels out for this chip, wherever they run: for the interpreter's tests and ahead-of-time compilation."""
+    _assumed.append(assumed)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    """Compiler options of a launch. FP fusion is set here because its default differs between versions of Triton."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
+def why_not_triton(op: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """None if Triton can run `op` on `device`, else the reason as a sentence."""
+    if triton.__version__ is None:
         return "the package triton is not installed"
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        return f"its inputs are on {device}, and Triton kernels run on CUDA devices"
+    if device.type == "cuda" and INTERPRETED:
+        return "TRITON_INTERPRET is set, and Triton's interpreter runs on the CPU"
+    if device.type == "cuda" and chip(device).capability < 80:
+        return f"{device} has compute capability {chip(device).capability / 10}, and the kernels need 8.0"
+    if dtype is not None and dtype not in DTYPES:
+        return f"its inputs are {dtype}, and the kernels take float16, bfloat16 and float32"
     return None
 
 
-def use_triton(op: str, impl: Impl, device: torch.device) -> bool:
+def why_not_auto(op: str, device: torch.device, bucket: str = "") -> str | None:
+    """None if "auto" should take the kernels where they can run, else the reason as a sentence."""
+    if device.type != "cuda":
+        return f"its inputs are on {device}, where Triton's interpreter is for tests"
+    ratio = measured_ratio(op, device, bucket)
+    if ratio is None and op in MUST_BE_MEASURED:
+        return f"its kernels are not measured on sm_{chip(device).capability} yet"
+    return f"its kernels measured {ratio:.2f} × the speed of what they replace" if ratio and ratio < 1 else None
+
+
+def measured_ratio(op: str, device: torch.device, bucket: str = "") -> float | None:
+    """Speed of the op's kernels on this kind of GPU, divided by that of what they replace; None: not measured."""
+    return _measured().get(f"sm_{chip(device).capability}", {}).get(f"{op} {bucket}".strip())
+
+
+@functools.cache
+def _measured() -> dict[str, dict[str, float]]:
+    return json.loads((Path(__file__).parent / "measured.json").read_text(encoding="utf-8"))
+
+
+@torch.compiler.assume_constant_result
+def use_triton(
+    op: str,
+    impl: Impl,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    bucket: str = "",  # the part of `op`'s shapes that is measured on its own
+    why_not: str | None = None,  # a reason of the op's own
+) -> bool:
     """Whether this call goes to Triton. Raises KernelUnavailable if it was asked for and cannot run."""
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl is {impl!r}; {op} needs "auto", "triton" or "reference"')
     if impl == "reference":
         return False
-    reason = why_not_triton(op, device)
-    if reason is None:
-        return True
-    if impl == "triton":
+    reason = why_not_triton(op, device, dtype) or why_not
+    if reason is not None and impl == "triton":
         raise KernelUnavailable(f"{op} cannot run on Triton: {reason}")
-    _say_once(op, reason)
-    return False
+    if impl == "auto":
+        reason = reason or why_not_auto(op, device, bucket)
+    if reason is not None:
+        _say_once(op, reason)
+    return reason is None
 
 
 @functools.cache
 def _say_once(op: str, reason: str) -> None:
     logger.info("%s runs its PyTorch reference: %s", op, reason)
+
+
+def register(
+    name: str, launch: Callable[..., Any], fake: Callable[..., Any], function: type[Any] | None = None
+) -> Callable[..., Any]:
+    """A call of `launch` that works in eager mode, under `torch.compile` and with fake tensors.
+
+    Traced, it is the operator `aligngpt::name` of `torch.library`, with `fake` for its shapes. In eager mode it is
+    `launch` itself, or `function.apply` where a gradient is needed: the operator costs some 20 µs more a call.
+
+    Args:
+        launch: allocates its outputs and launches the kernels. Its annotations are the operator's schema: tensors,
+            lists of them, numbers and bools; it returns new tensors only.
+        function: an `autograd.Function` with `forward(*args)`, `setup_context` and `backward`; the operator uses the
+            latter two.
+    """
+    definition = torch.library.custom_op(f"aligngpt::{name}", launch, mutates_args=())
+    definition.register_fake(fake)
+    if function is not None:
+        definition.register_autograd(function.backward, setup_context=function.setup_context)
+    operator = getattr(torch.ops.aligngpt, name).default
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or any(_is_traced(a) for a in args):
+            return operator(*args)
+        if function is not None and torch.is_grad_enabled() and any(_needs_grad(a) for a in args):
+            return function.apply(*args)
+        return launch(*args)
+
+    return call
+
+
+def _is_traced(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and type(argument) not in (Tensor, torch.nn.Parameter)
+
+
+def _needs_grad(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.requires_grad
+
+
+def check_devices(op: str, **tensors: Tensor) -> None:
+    """All on one device, that of the first."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}; {op} needs {first.device}, the device of {first_name}")
 
 
 def check_floats(op: str, **tensors: Tensor) -> None:

@@ -5,9 +5,10 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST_TRITON := triton==3.6.0
 PATHS := kernels aligngpt training demo benchmarks tests setup.py
 
-.PHONY: install demo check format test test-all bench clean
+.PHONY: install demo check format test test-all test-compile bench clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +37,19 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest tests -m "not gpu"
+
+# Every row of the kernels' tile tables, compiled for chips that are not there, by the newest and the oldest Triton;
+# then the kernels' tests in the oldest one's interpreter.
+test-compile: install .venv-triton/.installed
+	$(BIN)/python -m pytest tests/kernels/test_compiled.py
+	PYTHONPATH=kernels:. .venv-triton/bin/python -m pytest tests/kernels
+
+.venv-triton/.installed:
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install --quiet --upgrade pip
+	.venv-triton/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-triton/bin/python -m pip install --quiet "$(OLDEST_TRITON)" "numpy<2.4" pytest hypothesis
+	touch $@
 
 bench: install
 	$(BIN)/python -m pytest benchmarks

@@ -27,6 +27,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["reference", "triton"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `impl="auto"` runs: the references, or Triton's kernels (in its interpreter where there is no GPU)."""
+    if request.param == "triton":
+        from aligngpt_kernels import dispatch
+
+        monkeypatch.setattr(dispatch, "why_not_auto", lambda op, device, bucket="": None)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def oracle() -> Path:
     return ORACLE

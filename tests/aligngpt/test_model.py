@@ -111,7 +111,7 @@ def naive_embeds(model, example: Example) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["pt_batch", "ft_single_mid", "ft_single_first", "ft_text_only", "inf_prefill"])
-def test_matches_the_public_implementation(oracle_model, load_case, name):
+def test_matches_the_public_implementation(oracle_model, load_case, name, kernels):
     case = load_case(name)
     arrays, inputs = case.arrays, dict(case.inputs)
     if "align_ids" in arrays:
@@ -135,7 +135,7 @@ def test_matches_the_public_implementation(oracle_model, load_case, name):
 
 
 @pytest.mark.parametrize("name", ["pt_batch", "ft_single_mid", "ft_single_first", "ft_text_only"])
-def test_gradients_match_the_public_implementation(oracle_model, load_case, name):
+def test_gradients_match_the_public_implementation(oracle_model, load_case, name, kernels):
     case = load_case(name)
     arrays, inputs = case.arrays, dict(case.inputs)
     if "align_ids" in arrays:
@@ -155,7 +155,7 @@ def test_gradients_match_the_public_implementation(oracle_model, load_case, name
     assert all(p.grad is None for p in model.model.vision_tower.parameters())
 
 
-def test_every_level_matches_the_public_implementation(oracle_model, load_case):
+def test_every_level_matches_the_public_implementation(oracle_model, load_case, kernels):
     case = load_case("pt_all_levels")
     for level, (loss, logits) in enumerate(zip(case.arrays["out_losses"], case.arrays["out_last_logits"], strict=True)):
         out = oracle_model.eval()(**case.inputs, align_levels=torch.tensor([level]))
@@ -167,7 +167,7 @@ def test_every_level_matches_the_public_implementation(oracle_model, load_case):
 
 
 @pytest.mark.parametrize("mode", ["adaptive", "local", "global", "average", "none"])
-def test_align_mode_is_one_config_value(build, mode):
+def test_align_mode_is_one_config_value(build, mode, kernels):
     model = build(align_mode=mode, num_align_levels=5)
     example = sample(model)
     batch = batch_of(model, example)
@@ -268,7 +268,7 @@ def test_without_a_gate_mask_all_attended_text_but_the_first_token_enters(build)
     close(model(**padded, pixel_values=inputs["pixel_values"]).align_weights, given)
 
 
-def test_several_images_of_a_sample_share_one_alignment_token(build):
+def test_several_images_of_a_sample_share_one_alignment_token(build, kernels):
     """The public gate crashes on them. The mean of equal images' dots is the image's dots."""
     model = build()
     one, two = sample(model, images=1), sample(model, images=2)
@@ -284,7 +284,7 @@ def test_the_gate_takes_its_rows_from_the_tower(build, tower):
     assert model.model.align_gate.linear_1.in_features == {"clip": 16, "siglip": 4}[tower]
 
 
-def test_a_text_only_batch_reaches_every_trained_weight(build):
+def test_a_text_only_batch_reaches_every_trained_weight(build, kernels):
     model = build().train()
     model.model.vision_tower.requires_grad_(False)
     model(**batch_of(model, sample(model, images=0)).model_inputs()).loss.backward()
@@ -295,7 +295,7 @@ def test_a_text_only_batch_reaches_every_trained_weight(build):
                 assert parameter.grad.abs().max() == 0, name
 
 
-def test_a_batch_without_supervision_has_loss_zero_and_gradients_zero(build):
+def test_a_batch_without_supervision_has_loss_zero_and_gradients_zero(build, kernels):
     model = build().train()
     inputs = batch_of(model, sample(model)).model_inputs() | {"rows": None}
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
@@ -330,7 +330,7 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_building_the_sequence_never_syncs(build):
+def test_building_the_sequence_never_syncs(build, kernels):
     """The public code loops over samples in Python and syncs several times in each."""
     model = build()
     batch = batch_of(model, sample(model, images=2), sample(model, images=0))
@@ -386,7 +386,7 @@ def test_parts_of_two_types_become_one_and_stay_bit_exact(make_llm, make_tower, 
     assert all(torch.equal(again[n], t) and again[n].dtype == t.dtype for n, t in model.state_dict().items())
 
 
-def test_autocast_trains(build):
+def test_autocast_trains(build, kernels):
     model = build().train()
     inputs = batch_of(model, sample(model)).model_inputs()
     exact = model(**inputs).loss.item()

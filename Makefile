@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 OLDEST_TRITON := triton==3.6.0
 PATHS := kernels aligngpt training demo benchmarks tests setup.py
 
-.PHONY: install demo check format test test-all test-compile bench clean
+.PHONY: install demo check format test test-all test-compile test-gpu bench bench-gpu clean
 
 install: $(VENV)/.installed
 
@@ -51,8 +51,27 @@ test-compile: install .venv-triton/.installed
 	.venv-triton/bin/python -m pip install --quiet "$(OLDEST_TRITON)" "numpy<2.4" pytest hypothesis
 	touch $@
 
+# The next two use the python3 that is there, install nothing, end within 8 minutes, and go on from where they stopped:
+# RESULTS keeps the names of the tests that passed with this code, and the measurements.
+RESULTS ?= benchmarks/results
+GPU_ENV := PYTHONPATH=kernels:.
+DALI_TESTS := tests/training/test_dali_pipeline.py
+
+test-gpu:
+	@$(GPU_ENV) $(PYTHON) -m benchmarks.need_gpu "make test-gpu"
+	mkdir -p $(RESULTS)
+	$(GPU_ENV) timeout --kill-after=10 420 $(PYTHON) -m pytest tests/kernels --ignore=tests/kernels/test_compiled.py \
+		--resume=$(RESULTS)/passed_tests.txt --stop-after=370
+	@if $(PYTHON) -c "import nvidia.dali" 2>/dev/null; \
+	then $(GPU_ENV) timeout --kill-after=10 40 $(PYTHON) -m pytest $(DALI_TESTS) -m gpu; \
+	else echo "left out: $(DALI_TESTS), the package nvidia.dali is not installed"; fi
+
 bench: install
 	$(BIN)/python -m pytest benchmarks
+
+bench-gpu:
+	@$(GPU_ENV) $(PYTHON) -m benchmarks.need_gpu "make bench-gpu"
+	$(GPU_ENV) $(PYTHON) -m benchmarks.gpu --results $(RESULTS)
 
 clean:
 	rm -rf .venv* build *.egg-info

@@ -1,10 +1,12 @@
-"""inject against building the same rows by concatenation, a sample at a time: forward, 16 images, width 4096.
+"""inject against building the same rows by concatenation, a sample at a time: 16 images, width 4096.
 
-Two ways of concatenating are timed beside it:
+Three ways of concatenating are timed beside it:
 
 - `public`: what AlignGPT's public code does. Embed a sample's text, cut it at the image, concatenate; keep the text
   rows and the image rows as blocks of their own for the gate; pad all three to the longest sample with zeros, stack
   them; insert the alignment rows into the sequences by one more concatenation. 1384 MB read and written in bfloat16.
+- `searching`: the same from what the public code is given, padded ids with a marker for each image: to know where to
+  cut, every sample waits for the device four times. Its labels, which the public code cuts up likewise, are left out.
 - `lean`: the least a concatenating loop can do, each sample concatenated whole with its alignment row, padded,
   stacked. Three passes over the rows, so at most three times the bytes of `inject` (185 MB in bfloat16).
 
@@ -12,18 +14,22 @@ Packed sequences need no padding: there the loops' samples are joined by one con
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from aligngpt_kernels import InjectionPlan, inject, injection_plan
+from aligngpt_kernels import InjectionPlan, inject, inject_reference, injection_plan
 from torch import Tensor
 
-IMAGES, ROWS, TEXT, WIDTH, VOCABULARY = 16, 576, 128, 4096, 32000
-IMAGE, ALIGN = VOCABULARY, VOCABULARY + 1
+from benchmarks.case import Case, our_impl, simple, with_grads
+from benchmarks.measure import Outputs
+from benchmarks.shapes import IMAGES, ROWS, TEXT, VOCABULARY, WIDTH
+
 CUT = 40  # text tokens before the image, BOS among them
+MARK, PADDING = -200, 0  # the public code's image token; the id that padded rows end with
 LAYOUTS = ["equal", "padded", "packed"]  # "padded" and "packed": 128, 123, … 53 text tokens
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -35,22 +41,37 @@ class Batch(NamedTuple):
     image_rows: Tensor
     align_rows: Tensor
     plan: InjectionPlan
+    marked: Tensor  # (B, longest text + 1), with a MARK where the image goes
+    upstream: Tensor | None = None  # gradient of the result, where one is asked for
 
 
-def make_batch(layout: str, dtype: torch.dtype) -> Batch:
+def make_batch(
+    layout: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    rows: int = ROWS,
+    width: int = WIDTH,
+    vocabulary: int = VOCABULARY,
+) -> Batch:
+    image_id, align_id = vocabulary, vocabulary + 1
     lengths = [TEXT - (0 if layout == "equal" else 5 * i) for i in range(IMAGES)]
-    texts = [torch.randint(1, VOCABULARY, (length,)) for length in lengths]
-    align, image = torch.tensor([ALIGN]), torch.full((ROWS,), IMAGE)
+    texts = [torch.randint(1, vocabulary, (length,), device=device) for length in lengths]
+    align, mark = torch.tensor([align_id], device=device), torch.tensor([MARK], device=device)
+    image = torch.full((rows,), image_id, device=device)
     sequences = [torch.cat([t[:1], align, t[1:CUT], image, t[CUT:]]) for t in texts]
     if layout == "packed":
-        ids, spans = torch.cat(sequences), torch.tensor([0, *map(len, sequences)]).cumsum(0)
+        ids, spans = torch.cat(sequences), torch.tensor([0, *map(len, sequences)], device=device).cumsum(0)
     else:
         ids, spans = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True), None
-    embed_weight = torch.randn(VOCABULARY, WIDTH, dtype=dtype)
-    embed_weight[0] = 0  # the padding token's row, so that padding is zeros in every algorithm
-    image_rows, align_rows = torch.randn(IMAGES, ROWS, WIDTH, dtype=dtype), torch.randn(IMAGES, WIDTH, dtype=dtype)
-    plan = injection_plan(ids, image_token_id=IMAGE, align_token_id=ALIGN, cu_seqlens=spans)
-    return Batch(texts, ids, embed_weight, image_rows, align_rows, plan)
+    embed_weight = torch.randn(vocabulary, width, dtype=dtype, device=device)
+    embed_weight[PADDING] = 0  # so that padding is zeros in every algorithm
+    image_rows = torch.randn(IMAGES, rows, width, dtype=dtype, device=device)
+    align_rows = torch.randn(IMAGES, width, dtype=dtype, device=device)
+    plan = injection_plan(ids, image_token_id=image_id, align_token_id=align_id, cu_seqlens=spans)
+    marked = [torch.cat([t[:CUT], mark, t[CUT:]]) for t in texts]
+    marked_ids = torch.nn.utils.rnn.pad_sequence(marked, batch_first=True)
+    return Batch(texts, ids, embed_weight, image_rows, align_rows, plan, marked_ids)
 
 
 def by_index(batch: Batch) -> Tensor:
@@ -66,18 +87,41 @@ def lean(batch: Batch) -> Tensor:
 
 
 def public(batch: Batch) -> Tensor:
+    return concatenate(batch, [(text[:CUT], text[CUT:]) for text in batch.texts])
+
+
+def searching(batch: Batch) -> Tensor:
+    return concatenate(batch, search(batch.marked))
+
+
+def concatenate(
+    batch: Batch,
+    cut_texts: Sequence[tuple[Tensor, Tensor]],  # before and after the image
+    align_rows: Callable[[Tensor, Tensor], Tensor] | None = None,  # of text and image blocks; None: the batch's
+) -> Tensor:
     samples, text_blocks, image_blocks = [], [], []
-    for text, image in zip(batch.texts, batch.image_rows, strict=True):
-        before, after = F.embedding(text, batch.embed_weight).split([CUT, len(text) - CUT])
+    for text, image in zip(cut_texts, batch.image_rows, strict=True):
+        before, after = F.embedding(torch.cat(text), batch.embed_weight).split([len(part) for part in text])
         samples.append(torch.cat([before, image, after]))
         text_blocks.append(torch.cat([before, after]))
         image_blocks.append(torch.cat([image]))
-    pad_and_stack(text_blocks)
-    pad_and_stack(image_blocks)
+    blocks = pad_and_stack(text_blocks), pad_and_stack(image_blocks)
+    heads = batch.align_rows if align_rows is None else align_rows(*blocks)
     if batch.ids.dim() == 1:
-        return torch.cat([p for s, h in zip(samples, batch.align_rows, strict=True) for p in (s[:1], h[None], s[1:])])
+        return torch.cat([p for s, h in zip(samples, heads, strict=True) for p in (s[:1], h[None], s[1:])])
     rows = pad_and_stack(samples)
-    return torch.cat([rows[:, :1], batch.align_rows[:, None], rows[:, 1:]], dim=1)
+    return torch.cat([rows[:, :1], heads[:, None], rows[:, 1:]], dim=1)
+
+
+def search(marked: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Each row's text before and after its image, found on the device: drop padding, count images, find them."""
+    cut_texts = []
+    for row in marked:
+        ids = row[row != PADDING]
+        assert (ids == MARK).sum() == 1
+        (at,) = torch.where(ids == MARK)[0].tolist()
+        cut_texts.append((ids[:at], ids[at + 1 :]))
+    return cut_texts
 
 
 def pad_and_stack(blocks: list[Tensor]) -> Tensor:
@@ -86,7 +130,12 @@ def pad_and_stack(blocks: list[Tensor]) -> Tensor:
     return torch.stack(padded)
 
 
-ALGORITHMS: dict[str, Callable[[Batch], Tensor]] = {"inject": by_index, "lean": lean, "public": public}
+ALGORITHMS: dict[str, Callable[[Batch], Tensor]] = {
+    "inject": by_index,
+    "lean": lean,
+    "public": public,
+    "searching": searching,
+}
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -126,3 +175,78 @@ def test_injection_against_concatenation_in_turns(benchmark, dtype: torch.dtype,
     for name, ratio in ratios.items():
         print(f"; {name} {best[name] * 1e3:.1f} ms ({ratio:.1f} times as long)", end="")
     assert layout != "equal" or ratios["public"] >= 5
+
+
+def case(
+    layout: str,
+    *,
+    backward: bool = False,
+    rows: int = ROWS,
+    width: int = WIDTH,
+    vocabulary: int = VOCABULARY,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Case:
+    def make(device: torch.device) -> Batch:
+        """The embedding table is frozen, so that gradients are what injection itself costs."""
+        batch = make_batch(layout, dtype, device, rows=rows, width=width, vocabulary=vocabulary)
+        batch.image_rows.requires_grad_(backward)
+        batch.align_rows.requires_grad_(backward)
+        upstream = torch.randn(*batch.ids.shape, width, dtype=dtype, device=device) if backward else None
+        return batch._replace(upstream=upstream)
+
+    def outputs(function: Callable[[Batch], Tensor], b: Batch) -> Outputs:
+        return with_grads(function(b), [b.image_rows, b.align_rows], b.upstream) if backward else [function(b)]
+
+    def ours(b: Batch) -> Tensor:
+        arguments = b.ids, b.embed_weight, b.image_rows, b.align_rows
+        return inject(*arguments, plan=b.plan, impl=our_impl(b.ids))
+
+    def reference(b: Batch) -> Tensor:
+        return inject_reference(b.ids, b.embed_weight, b.image_rows, b.align_rows, plan=b.plan)
+
+    def exact(b: Batch) -> Outputs:
+        return outputs(reference, b)  # copies, in the dtype itself
+
+    functions: dict[str, Callable[[Batch], Tensor]] = {
+        "ours": ours,
+        "reference": reference,
+        "concatenating once": lean,
+        "concatenating": public,
+        "concatenating, searching": searching,
+    }
+    texts = sum(TEXT - (0 if layout == "equal" else 5 * i) for i in range(IMAGES))
+    tokens = texts + IMAGES * (rows + 1)
+    if layout == "padded":
+        tokens = IMAGES * (TEXT + rows + 1)
+    moved = tokens + (IMAGES * (rows + 1) if backward else 0)
+    return Case(
+        name=f"injection {'forward + backward' if backward else 'forward'}, {layout}",
+        make=make,
+        contenders={name: simple(partial(outputs, function)) for name, function in functions.items()},
+        exact=exact,
+        plain=exact,
+        bytes=2 * moved * width * dtype.itemsize,
+        flops=0,
+        equal=True,
+        group="injection forward + backward" if backward else "injection forward",
+        dispatch=("inject", "ours", "reference"),
+        host=True,
+    )
+
+
+def cases() -> list[Case]:
+    return [case(layout, backward=backward) for layout in LAYOUTS for backward in (False, True)]
+
+
+def small_cases() -> list[Case]:
+    small = {"rows": 16, "width": 64, "vocabulary": 500}
+    return [
+        case(layout, backward=backward, **small, dtype=torch.float32)
+        for layout in LAYOUTS
+        for backward in (False, True)
+    ]
+
+
+@pytest.mark.parametrize("case", cases() if torch.cuda.is_available() else small_cases(), ids=lambda case: case.name)
+def test_injection_case(in_turns: Callable[[Case], None], case: Case) -> None:
+    in_turns(case)

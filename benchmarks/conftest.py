@@ -3,10 +3,13 @@
 import ctypes
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks.case import Case, run_case
 
 
 def device_name() -> str:
@@ -35,6 +38,30 @@ def _seed_and_device(request: pytest.FixtureRequest) -> None:
     if "benchmark" in request.fixturenames:
         benchmark = request.getfixturevalue("benchmark")
         benchmark.extra_info |= {"device": device_name(), "torch": torch.__version__}
+
+
+@pytest.fixture
+def in_turns(benchmark) -> Callable[[Case], None]:
+    """Checks a case's contenders, times them in turns, prints each, and asserts that ours was right.
+
+    pytest-benchmark's own table has ours alone, by wall time. On a CPU ours is the PyTorch reference.
+    """
+
+    def run(case: Case) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        results = run_case(case, device, seconds=0.5)
+        path = "GPU time" if device.type == "cuda" else "CPU time, ours by the reference path"
+        print(f"\n{case.name}, {path}", end="")
+        for name, result in results.items():
+            said = f"{result['us']:.1f} µs" if "us" in result else "; ".join(f"{k}: {v}" for k, v in result.items())
+            print(f"\n  {name:<32}{said}", end="")
+            benchmark.extra_info[name] = result
+        benchmark.group = f"{case.name}, {path}"
+        ours = next(name for name in case.contenders if name.startswith("ours"))
+        assert "us" in results[ours], results[ours]
+        benchmark.pedantic(case.contenders[ours].prepare(case.make(device)), rounds=5, warmup_rounds=2)
+
+    return run
 
 
 def pytest_report_header() -> str:

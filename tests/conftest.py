@@ -1,8 +1,13 @@
 """What several tests need: the oracle, tiny random backbones, and folders made of them."""
 
+import hashlib
+import importlib.metadata
 import json
+import math
 import os
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +25,80 @@ WIDTH = 64
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it where a kernel is defined, so before `aligngpt_kernels`
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("stop and go on")
+    group.addoption("--resume", type=Path, metavar="FILE", help="leave out what passed before with the same code")
+    group.addoption("--stop-after", type=float, metavar="SECONDS", help="end after the test that is then running")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("resume"):
+        config.pluginmanager.register(_Resume(config.getoption("resume"), config.getoption("stop_after")))
+
+
+class _Resume:
+    """Keeps in a file which tests passed or were skipped with this code; they are not run again.
+
+    Each line is a mark and a test's name: "?" it began, "+" it passed. One that began and did not pass, because it
+    failed or took its process with it, runs last next time, so that it is in nobody's way.
+    """
+
+    def __init__(self, file: Path, seconds: float | None) -> None:
+        self.file, self.deadline = file, math.inf if seconds is None else time.monotonic() + seconds
+        self.left, self.done, self.failed = 0, 0, False
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        current = lines[:1] == [self.code()]
+        self.passed = {line[1:] for line in lines if line.startswith("+")} if current else set()
+        self.began = {line[1:] for line in lines if line.startswith("?")} if current else set()
+        if not current:
+            file.write_text(self.code() + "\n", encoding="utf-8")
+
+    @staticmethod
+    def code() -> str:
+        """Of the kernels, their tests, the packages beneath and the device."""
+        root = Path(__file__).parents[1]
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        packages = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton")]
+        digest = hashlib.sha256(repr([device, *packages]).encode())
+        for file in sorted([*root.glob("kernels/**/*.py"), *root.glob("tests/kernels/**/*.py")]):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+        return f"code {digest.hexdigest()[:16]}"
+
+    def note(self, mark: str, nodeid: str) -> None:
+        with self.file.open("a", encoding="utf-8") as lines:
+            lines.write(f"{mark}{nodeid}\n")
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        done = [item for item in items if item.nodeid in self.passed]
+        config.hook.pytest_deselected(items=done)
+        rest = [item for item in items if item.nodeid not in self.passed]
+        items[:] = sorted(rest, key=lambda item: item.nodeid in self.began)
+        self.left, self.done = len(items), len(done)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.failed = False
+        self.note("?", nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.failed = self.failed or report.failed
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        outcome = yield
+        self.left -= 1
+        if not self.failed:
+            self.note("+", item.nodeid)
+        if self.left and time.monotonic() > self.deadline:
+            item.session.shouldstop = f"time is up with {self.left} tests left: run again, and it goes on from here"
+        return outcome
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.done:
+            session.exitstatus = pytest.ExitCode.OK  # all passed before
 
 
 @pytest.fixture(autouse=True)

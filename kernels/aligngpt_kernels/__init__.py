@@ -4,10 +4,11 @@ Each op has a `*_reference` in plain PyTorch, which is its meaning and its CPU p
 is a GPU. `python -m aligngpt_kernels` says what would run here.
 """
 
-from .cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from .cross_entropy import LinearCrossEntropy, linear_cross_entropy, linear_cross_entropy_reference
 from .decode import flash_decode, flash_decode_reference
 from .dispatch import KernelUnavailable
-from .gate import align_gate, align_gate_reference, text_mean, text_mean_reference
+from .embedding import text_mean, text_mean_reference
+from .gate import align_gate, align_gate_reference
 from .injection import inject, inject_reference, project_and_inject, project_and_inject_reference
 from .plan import InjectionPlan, injection_plan
 from .projector import fused_projector, fused_projector_reference
@@ -15,6 +16,7 @@ from .projector import fused_projector, fused_projector_reference
 __all__ = [
     "InjectionPlan",
     "KernelUnavailable",
+    "LinearCrossEntropy",
     "align_gate",
     "align_gate_reference",
     "flash_decode",

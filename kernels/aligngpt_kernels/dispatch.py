@@ -104,6 +104,8 @@ def why_not_triton(op: str, device: torch.device, dtype: torch.dtype | None = No
         return f"{device} has compute capability {chip(device).capability / 10}, and the kernels need 8.0"
     if dtype is not None and dtype not in DTYPES:
         return f"its inputs are {dtype}, and the kernels take float16, bfloat16 and float32"
+    if dtype == torch.bfloat16 and INTERPRETED and op in ("fused_projector", "project_and_inject", "flash_decode"):
+        return "its inputs are torch.bfloat16, of which Triton's interpreter computes wrong products"
     return None
 
 

@@ -2,12 +2,23 @@
 
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from aligngpt_kernels import align_gate, inject, injection_plan, project_and_inject, text_mean
+from aligngpt_kernels import (
+    KernelUnavailable,
+    align_gate,
+    embedding,
+    gate,
+    inject,
+    injection_plan,
+    project_and_inject,
+    text_mean,
+)
+from aligngpt_kernels.dispatch import Chip, assume_chip
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -197,3 +208,267 @@ def test_text_mean_refusals():
         text_mean(ids, embed, ids.bool().flatten(), plan_of(ids))
     with pytest.raises(ValueError, match="token_ids has 5 tokens; the plan was made for 6"):
         text_mean(ids.flatten()[:5], embed, None, plan_of(ids))
+
+
+TEXTS = {  # (the samples of a packed batch as `conftest.sequence` writes them, width); what it covers
+    "aligned": ([(4, "i", 2), (3, "i", 3)], 64),
+    "ragged, text only, no text": ([(4, "i", 2), (9,), ("i", 1, "i", 3), ("i",)], 37),
+    "no image": ([(3,), (2,)], 8),
+    "one token, one column": ([("i", 1)], 1),
+    "more than a block of tokens and of columns": ([(70, "i", 100, "i", 1), (5,), (30, "i")], 200),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+@pytest.mark.parametrize("masked", [False, True], ids=["all text", "gate_mask"])
+@pytest.mark.parametrize("counted", [True, False], ids=["counted", "upper bound"])
+def test_fault_41_text_mean_by_triton(case, masked, counted, dtype, device, sequence, as_exact_as_torch):
+    samples, width = TEXTS[case]
+    _, ids, spans = packed(sequence, *samples)
+    ids, spans = ids.to(device), {name: span.to(device) for name, span in spans.items()}
+    sizes = {} if counted else {"num_image_rows": len(ids), "num_samples": len(samples) + 1}
+    plan = plan_of(ids, **spans, **sizes)
+    mask = torch.rand(len(ids), device=device) < 0.5 if masked else None
+
+    def op(embed: Tensor, impl: str) -> Tensor:
+        return text_mean(ids, embed, mask, plan, embed_scale=1.5, impl=impl)
+
+    as_exact_as_torch(op, [torch.randn(VOCABULARY, width, requires_grad=True)], dtype)
+
+
+def test_fault_41_text_mean_of_more_tokens_than_are_searched_at_once(device, sequence, as_exact_as_torch):
+    _, ids, spans = packed(sequence, (2100,), (3, "i", 2), (40,), ("i", 90))
+    ids, spans = ids.to(device), {name: span.to(device) for name, span in spans.items()}
+    plan = plan_of(ids, **spans)
+    op = lambda embed, impl: text_mean(ids, embed, None, plan, impl=impl)  # noqa: E731
+    as_exact_as_torch(op, [torch.randn(VOCABULARY, 16)], torch.float32)
+
+
+GATES = {  # sample of each image, samples, rows, width, hidden units, levels; what it covers
+    "aligned": ([0, 1], 2, 16, 128, 32, 9),
+    "ragged; out of order, unused, samples without images": ([2, 0, 2, -1, 3], 5, 11, 37, 19, 4),
+    "one of everything": ([0], 1, 1, 1, 1, 2),
+    "more than a block of everything": ([0, 0, 1], 2, 70, 600, 300, 20),
+    "no rows in an image": ([0, 1], 2, 0, 8, 4, 5),
+    "no image": ([], 2, 3, 8, 4, 5),
+    "no sample": ([-1], 0, 3, 8, 4, 5),
+    "nothing": ([], 0, 3, 8, 4, 5),
+}
+
+
+def gate_args(case: str) -> tuple[list[Tensor], Tensor]:
+    """Weights small enough that the softmax is not one-hot, and its gradient not 0."""
+    owner, samples, rows, width, hidden, levels = GATES[case]
+    shapes = (len(owner), rows, width), (samples, width), (hidden, rows), (hidden,), (levels - 1, hidden)
+    args = [torch.randn(shape) for shape in (*shapes, (levels - 1,), (levels, width))]
+    for index, terms in ((1, width), (2, rows), (4, hidden)):
+        args[index] *= max(terms, 1) ** -0.5
+    return [arg.requires_grad_() for arg in args], torch.tensor(owner, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("mode", "case"),
+    [(mode, case) for mode in MODES for case in GATES if mode != "local" or case != "more than a block of everything"],
+)
+def test_fault_41_gate_by_triton(case, mode, dtype, device, as_exact_as_torch):
+    """The text mean in float32, as `text_mean` gives it; the aligned shape also has it in the others' dtype."""
+    args, owner = gate_args(case)
+    owner = owner.to(device)
+
+    def op(*args: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+        image_rows, mean, *weights = args
+        mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
+        return align_gate(image_rows, mean, *weights, image_sample=owner, mode=mode, impl=impl)
+
+    as_exact_as_torch(op, args, dtype)
+    if case == "aligned":
+        as_exact_as_torch(partial(align_gate, image_sample=owner.long(), mode=mode), args, dtype)
+
+
+def test_fault_41_gate_by_triton_with_wide_tiles(dtype, device, as_exact_as_torch):
+    """A chip of one multiprocessor: 32 image rows a program, where the large chips of these tests have 8."""
+    args, owner = gate_args("more than a block of everything")
+    with assume_chip(Chip(80, 1, 166_912)):
+        as_exact_as_torch(partial(align_gate, image_sample=owner.to(device), mode="adaptive"), args, dtype)
+
+
+def by_triton(args: list[Tensor], owner: Tensor, mode: str = "adaptive") -> list[Tensor]:
+    """H, weights, and the gradients of the arguments that need one."""
+    outputs = align_gate(*args, image_sample=owner, mode=mode, impl="triton")
+    loss = sum((out * torch.linspace(-1, 2, out.numel(), device=out.device).view_as(out)).sum() for out in outputs)
+    needed = [arg for arg in args if arg.requires_grad]
+    return [*outputs, *(torch.autograd.grad(loss, needed) if needed else ())]
+
+
+def test_only_needed_gradients_are_computed_and_are_the_same(device):
+    """Every argument trained alone, among them image rows without the mean that reads them, and a frozen table."""
+    args, owner = gate_args("ragged; out of order, unused, samples without images")
+    args, owner = [a.detach().to(device) for a in args], owner.to(device)
+    h, weights, *grads = by_triton([a.requires_grad_() for a in args], owner)
+    for index, grad in enumerate(grads):
+        alone = [a.detach().requires_grad_(i == index) for i, a in enumerate(args)]
+        for got, want in zip(by_triton(alone, owner), (h, weights, grad), strict=True):
+            assert torch.equal(got, want), index
+    got_h, got_weights = by_triton([a.detach() for a in args], owner)
+    assert torch.equal(got_h, h)
+    assert torch.equal(got_weights, weights)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["H", "weights"])
+def test_fault_41_gradient_of_one_output_only(which, dtype, device, as_exact_as_torch):
+    """Nothing that a table's gradient could come from, where only the weights are used."""
+    args, owner = gate_args("aligned")
+    args[6].requires_grad_(which == 0)
+    owner = owner.to(device)
+
+    def op(*args: Tensor, impl: str) -> Tensor:
+        return align_gate(*args, image_sample=owner, mode="adaptive", impl=impl)[which]
+
+    as_exact_as_torch(op, args, dtype)
+
+
+def test_two_calls_are_equal_bit_for_bit(device, sequence):
+    args, owner = gate_args("more than a block of everything")
+    args, owner = [a.detach().to(device).requires_grad_() for a in args], owner.to(device)
+    for first, second in zip(by_triton(args, owner), by_triton(args, owner), strict=True):
+        assert torch.equal(first, second)
+    samples, width = TEXTS["more than a block of tokens and of columns"]
+    _, ids, spans = packed(sequence, *samples)
+    ids, spans = ids.to(device), {name: span.to(device) for name, span in spans.items()}
+    embed = torch.randn(VOCABULARY, width, device=device, requires_grad=True)
+    results = []
+    for _ in range(2):
+        mean = text_mean(ids, embed, None, plan_of(ids, **spans), impl="triton")
+        results.append((mean, *torch.autograd.grad(mean.square().sum(), embed)))
+    assert all(map(torch.equal, *results))
+
+
+def test_launches_and_no_wait_for_the_device(device, sequence, no_sync, monkeypatch):
+    """One kernel each forward; two backward, of the gate."""
+    launched = []
+
+    class Counted:
+        def __init__(self, module: ModuleType, name: str):
+            self.name, self.kernel = name, getattr(module, name)
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    gate_kernels = "_align_gate_kernel", "_align_gate_backward_kernel", "_align_gate_grads_kernel"
+    for module, name in ((embedding, "_text_mean_kernel"), *((gate, name) for name in gate_kernels)):
+        monkeypatch.setattr(module, name, Counted(module, name))
+    _, ids, spans = packed(sequence, (4, "i", 2), (3, "i", 3))
+    plan = plan_of(ids.to(device), **{name: span.to(device) for name, span in spans.items()})
+    args, owner = gate_args("aligned")
+    args = [a.detach().to(device).requires_grad_() for a in args]
+    embed = torch.randn(VOCABULARY, args[1].shape[1], device=device, requires_grad=True)
+    owner, ids = owner.to(device), ids.to(device)
+    with no_sync():
+        mean = text_mean(ids, embed, None, plan, impl="triton")
+        h, _ = align_gate(args[0], mean, *args[2:], image_sample=owner, mode="adaptive", impl="triton")
+        assert launched == ["_text_mean_kernel", "_align_gate_kernel"]
+        h.sum().backward()
+    assert launched[2:] == ["_align_gate_backward_kernel", "_align_gate_grads_kernel"]
+    assert embed.grad is not None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_operators_and_compiled_graph(mode, device, sequence):
+    _, ids, spans = packed(sequence, (4, "i", 2), (9,), (3, "i", 3))
+    ids, spans = ids.to(device), {name: span.to(device) for name, span in spans.items()}
+    plan = plan_of(ids, **spans)
+    args, owner = gate_args("aligned")
+    args, owner = [a.detach().to(device).requires_grad_() for a in args], owner.to(device)
+    embed = torch.randn(VOCABULARY, args[1].shape[1], device=device, requires_grad=True)
+    mask = torch.rand(len(ids), device=device) < 0.5
+
+    operators = torch.ops.aligngpt
+    torch.library.opcheck(operators.align_gate.default, (*args, owner, mode))
+    for gate_mask in (mask, None):
+        call = ids, embed, gate_mask, plan.source, plan.token_sample, 2, 1.5
+        torch.library.opcheck(operators.text_mean.default, call)
+
+    def both(embed: Tensor, image_rows: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        mean = text_mean(ids, embed, mask, plan, embed_scale=1.5, impl="triton")
+        return align_gate(image_rows, mean, *weights, image_sample=owner, mode=mode, impl="triton")
+
+    trained = [embed, args[0], *args[2:]]
+    results = []
+    for function in (both, torch.compile(both, fullgraph=True, backend="aot_eager")):
+        h, weights = function(*trained)
+        results.append((h, weights, *torch.autograd.grad(h.square().sum(), trained)))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_fault_40_non_contiguous_inputs(device):
+    args, owner = gate_args("ragged; out of order, unused, samples without images")
+    args, owner = [a.detach().to(device) for a in args], owner.to(device)
+    want = by_triton([a.requires_grad_() for a in args], owner)
+    views = [a.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for a in args]
+    got = by_triton(views, torch.stack([owner, owner], 1)[:, 0])
+    assert all(map(torch.equal, got, want))
+
+    ids = torch.randint(2, VOCABULARY, (3, 9), device=device)
+    ids[:, 1], ids[:, 2:8] = ALIGN, IMAGE
+    mask, embed = torch.rand(3, 9, device=device) < 0.7, torch.randn(VOCABULARY, 37, device=device)
+    want = text_mean(ids, embed, mask, plan_of(ids), impl="triton")
+    views = [t.T.contiguous().T for t in (ids, embed, mask)]
+    assert torch.equal(text_mean(*views, plan_of(ids), impl="triton"), want)
+    ids, embed = ids.int(), torch.stack([embed, embed], 2)[:, :, 0]
+    assert torch.equal(text_mean(ids, embed, mask, plan_of(ids), impl="triton"), want)
+
+
+def test_fault_40_an_id_outside_the_table_is_nan_and_is_not_read(device):
+    """Of a chosen token; those of image tokens and of tokens that the mask leaves out are never looked at."""
+    ids = torch.tensor([[1, ALIGN, 5, IMAGE, IMAGE, IMAGE, 7], [1, ALIGN, 5, IMAGE, IMAGE, IMAGE, 1 << 40]])
+    ids = torch.cat([ids, ids[1:].clamp(max=6), torch.tensor([[1, ALIGN, -1, IMAGE, IMAGE, IMAGE, 3]])]).to(device)
+    ids[2, 3:6], ids[2, 1] = IMAGE, ALIGN
+    plan, embed = plan_of(ids), torch.randn(VOCABULARY, 8, device=device, requires_grad=True)
+    mean = text_mean(ids, embed, None, plan, impl="triton")
+    assert mean.isnan().all(1).tolist() == [False, True, False, True]
+    torch.testing.assert_close(mean[0], (embed[5] + embed[7]) / 2)
+    (grad,) = torch.autograd.grad(mean[:3:2].sum(), embed)
+    assert grad.isfinite().all()
+    mask = (ids >= 0) & (ids < VOCABULARY)
+    assert text_mean(ids, embed, mask, plan, impl="triton").isfinite().all()
+
+
+def test_fault_40_embedding_rows_past_two_to_the_31_elements(device):
+    """Memory that nobody touches costs nothing on a CPU."""
+    width = 64
+    rows = (1 << 31) // width + 8
+    embed = torch.empty(rows, width, dtype=torch.float16, device=device)
+    embed[-8:] = torch.randn(8, width)
+    ids = torch.tensor([1, rows + 1, rows - 3, *[rows] * ROWS, rows - 1], device=device)
+    plan = injection_plan(ids, image_token_id=rows, align_token_id=rows + 1)
+    got = text_mean(ids, embed, None, plan, impl="triton")
+    torch.testing.assert_close(got, (embed[-3:-2].float() + embed[-1:].float()) / 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="one program an image: minutes in Triton's interpreter")
+def test_fault_40_image_rows_past_two_to_the_31_elements(device):
+    """Only the last image belongs to a sample; unused ones get zeros."""
+    rows, width = 8, 8192
+    shapes = (1, width), (4, rows), (4,), (2, 4), (2,), (3, width)
+    mean, *weights = (torch.randn(shape, device=device).half().requires_grad_() for shape in shapes)
+    image_rows = torch.empty((1 << 31) // (rows * width) + 1, rows, width, dtype=torch.float16, device=device)
+    image_rows[-1] = torch.randn(rows, width) / width
+    owner = torch.full((image_rows.shape[0],), -1, device=device)
+    owner[-1] = 0
+    got = by_triton([image_rows.requires_grad_(), mean, *weights], owner)
+    want = by_triton([image_rows.detach()[-1:].requires_grad_(), mean, *weights], owner[-1:])
+    assert not got[2][:-1].any()
+    got[2] = got[2][-1:]
+    for mine, of_one_image in zip(got, want, strict=True):  # with so many images the tiles differ
+        torch.testing.assert_close(mine, of_one_image)
+
+
+def test_triton_refuses_float64_by_name():
+    args = [a.detach() for a in gate_inputs(1, 1)]
+    call = partial(align_gate, image_sample=torch.tensor([0]), mode="adaptive", impl="triton")
+    with pytest.raises(KernelUnavailable, match=r"align_gate cannot run on Triton: .*float64"):
+        call(*args)
+    with pytest.raises(KernelUnavailable, match=r"align_gate cannot run on Triton: text_mean is torch\.float64"):
+        call(args[0].float(), args[1], *(a.float() for a in args[2:]))

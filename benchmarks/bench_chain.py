@@ -1,0 +1,165 @@
+"""Projector, gate and injection as one stage of 16 images: ours, in parts and fused, against what it replaces.
+
+What it replaces is the eager projector and the public code's concatenating algorithm (bench_injection.py) with its gate
+between: the text mean of each padded text block, the dots with the padded image block, a two-layer MLP, the mix.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from aligngpt_kernels import (
+    align_gate,
+    align_gate_reference,
+    fused_projector,
+    fused_projector_reference,
+    inject,
+    inject_reference,
+    project_and_inject,
+    text_mean,
+    text_mean_reference,
+)
+from torch import Tensor
+
+from benchmarks import bench_injection, bench_projector
+from benchmarks.bench_injection import Batch, concatenate, make_batch, search
+from benchmarks.bench_projector import Projector
+from benchmarks.case import Case, our_impl, simple
+from benchmarks.measure import Outputs
+from benchmarks.shapes import FEATURES, GATE_HIDDEN, IMAGES, LEVELS, ROWS, TEXT, VOCABULARY, WIDTH
+
+
+class Chain(NamedTuple):
+    batch: Batch  # its image and align rows are not used
+    projector: Projector  # x: (M, P, features)
+    gate: tuple[Tensor, Tensor, Tensor, Tensor]  # w1, b1, w2, b2
+    table: Tensor
+    gate_mask: Tensor  # all text but each sample's first token
+    counts: Tensor  # (S, 1) how many those are
+
+
+def make(device: torch.device, dtype: torch.dtype, rows: int, features: int, width: int, vocabulary: int) -> Chain:
+    batch = make_batch("padded", dtype, device, rows=rows, width=width, vocabulary=vocabulary)
+    projector = bench_projector.make(IMAGES * rows, features, width, dtype, device)
+
+    def draw(*shape: int) -> Tensor:
+        bound = shape[-1] ** -0.5
+        return torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound)
+
+    gate = draw(GATE_HIDDEN, rows), draw(GATE_HIDDEN), draw(LEVELS - 1, GATE_HIDDEN), draw(LEVELS - 1)
+    counts = torch.tensor([[len(text) - 1.0] for text in batch.texts], device=device)
+    table = torch.randn(LEVELS, width, device=device, dtype=dtype)
+    projector = projector._replace(x=projector.x.view(IMAGES, rows, features))
+    gate_mask = batch.ids != bench_injection.PADDING
+    gate_mask[:, 0] = False
+    return Chain(batch, projector, gate, table, gate_mask, counts)
+
+
+def in_parts(c: Chain) -> Outputs:
+    b, impl = c.batch, our_impl(c.batch.ids)
+    image_rows = fused_projector(*c.projector[:5], impl=impl)
+    mean = text_mean(b.ids, b.embed_weight, c.gate_mask, b.plan, impl=impl)
+    image_sample = b.plan.image_sample(image_rows.shape[1])
+    heads, _ = align_gate(image_rows, mean, *c.gate, c.table, image_sample=image_sample, mode="adaptive", impl=impl)
+    return [inject(b.ids, b.embed_weight, image_rows, heads, plan=b.plan, impl=impl)]
+
+
+def fused(c: Chain) -> Outputs:
+    b, impl = c.batch, our_impl(c.batch.ids)
+    mean = text_mean(b.ids, b.embed_weight, c.gate_mask, b.plan, impl=impl)
+    out, dots = project_and_inject(*c.projector[:5], b.ids, b.embed_weight, mean, plan=b.plan, impl=impl)
+    out.view(-1, out.shape[-1])[b.plan.align_place.long()] = mix(dots, c)
+    return [out]
+
+
+def reference(c: Chain) -> Outputs:
+    b = c.batch
+    image_rows = fused_projector_reference(*c.projector[:5])
+    mean = text_mean_reference(b.ids, b.embed_weight, c.gate_mask, b.plan)
+    image_sample = b.plan.image_sample(image_rows.shape[1])
+    heads, _ = align_gate_reference(image_rows, mean, *c.gate, c.table, image_sample=image_sample, mode="adaptive")
+    return [inject_reference(b.ids, b.embed_weight, image_rows, heads, plan=b.plan)]
+
+
+def mix(dots: Tensor, c: Chain) -> Tensor:
+    """The gate from its dots on; they may be float32."""
+    w1, b1, w2, b2 = (t.to(dots.dtype) for t in c.gate)
+    alpha = F.linear(F.gelu(F.linear(dots, w1, b1)), w2, b2).softmax(-1)
+    return (alpha @ c.table[:-1].to(dots.dtype) + c.table[-1]).to(c.table.dtype)
+
+
+def concatenating(c: Chain, cut_texts: list[tuple[Tensor, Tensor]]) -> Outputs:
+    image_rows = fused_projector_reference(*c.projector[:5])
+
+    def heads(text: Tensor, image: Tensor) -> Tensor:  # (S, longest text, D), (S, P, D)
+        mean = text[:, 1:].sum(1) / (c.counts.to(text.dtype) + 1e-8)
+        return mix((image @ mean[:, :, None])[:, :, 0], c)
+
+    return [concatenate(c.batch._replace(image_rows=image_rows), cut_texts, heads)]
+
+
+def known(c: Chain) -> Outputs:
+    return concatenating(c, [(text[: bench_injection.CUT], text[bench_injection.CUT :]) for text in c.batch.texts])
+
+
+def searching(c: Chain) -> Outputs:
+    return concatenating(c, search(c.batch.marked))
+
+
+def exact(c: Chain) -> Outputs:
+    def double(t: Tensor) -> Tensor:
+        return t.double() if t.is_floating_point() else t
+
+    w1, b1, w2, b2 = map(double, c.gate)
+    doubled = c._replace(
+        batch=c.batch._replace(embed_weight=c.batch.embed_weight.double()),
+        projector=Projector(*map(double, c.projector)),
+        gate=(w1, b1, w2, b2),
+        table=c.table.double(),
+    )
+    return reference(doubled)
+
+
+def case(
+    *,
+    rows: int = ROWS,
+    features: int = FEATURES,
+    width: int = WIDTH,
+    vocabulary: int = VOCABULARY,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Case:
+    image_rows, tokens = IMAGES * rows, IMAGES * (TEXT + rows + 1)
+    weights, texts = features * width + width**2, IMAGES * TEXT * width
+    return Case(
+        name=f"projector + gate + injection, {IMAGES} images",
+        make=lambda device: make(device, dtype, rows, features, width, vocabulary),
+        contenders={
+            "ours, in parts": simple(in_parts),
+            "ours, project_and_inject": simple(fused),
+            "reference": simple(reference),
+            "eager + concatenating": simple(known),
+            "eager + concatenating, searching": simple(searching),
+        },
+        exact=exact,
+        plain=known,
+        bytes=(image_rows * features + weights + texts + tokens * width) * dtype.itemsize,
+        flops=2 * image_rows * width * (features + width + 1),
+        group="chain",
+        dispatch=("project_and_inject", "ours, project_and_inject", "ours, in parts"),
+        host=True,
+    )
+
+
+def cases() -> list[Case]:
+    return [case()]
+
+
+def small_cases() -> list[Case]:
+    return [case(rows=16, features=32, width=64, vocabulary=500, dtype=torch.float32)]
+
+
+@pytest.mark.parametrize("case", cases() if torch.cuda.is_available() else small_cases(), ids=lambda case: case.name)
+def test_chain(in_turns: Callable[[Case], None], case: Case) -> None:
+    in_turns(case)

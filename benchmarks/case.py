@@ -1,0 +1,213 @@
+"""A case: one shape of one op, who contends, and what their answers are held to; and how a case is run.
+
+Nothing is timed before its answer is checked. Whoever is wrong, fails or is not installed is named as such in the
+result, and the others go on. What is timed is made by `prepare(inputs)`, outside the time: masks of FlexAttention,
+rows compacted for Liger, the capture of a CUDA graph.
+"""
+
+import functools
+import gc
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from aligngpt_kernels import KernelUnavailable
+from aligngpt_kernels.dispatch import Impl
+from torch import Tensor
+
+from benchmarks.measure import (
+    Ceilings,
+    Outputs,
+    Run,
+    compare,
+    count_syncs,
+    l2_bytes,
+    peak_bytes,
+    synchronize,
+    take_turns,
+    wall_seconds,
+)
+
+OURS_FACTOR, PEER_FACTOR = 2, 8  # × the plain path's error: ours must be as exact, a peer must not be wrong
+MAX_COPIES = 128  # of the inputs
+ENDED = "the process ended while it ran"
+
+
+class Absent(Exception):
+    """A contender can't take part; the message says why."""
+
+
+class DeviceLost(Exception):
+    """After an error the GPU answers no more calls of this process."""
+
+
+class Contender(NamedTuple):
+    prepare: Callable[[Any], Run]  # from the case's inputs, what is timed
+    finish: Callable[[Any, Outputs], Outputs] | None = None  # to the results the others have; not timed
+    gpu_only: bool = False  # it compiles for a minute on a CPU, or has no path there
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    make: Callable[[torch.device], Any]  # inputs, other numbers in every call
+    contenders: Mapping[str, Contender]  # names of ours start with "ours"
+    exact: Callable[[Any], Outputs]  # in float64
+    plain: Callable[[Any], Outputs]  # by eager PyTorch in the inputs' dtype: its error is the yardstick
+    bytes: int  # that must be read and written
+    flops: int  # that must be done
+    group: str = ""  # requirements and tests select cases by it
+    floors: Sequence[float] = ()  # see measure.compare
+    equal: bool = False  # whether results must be exact: rows are copied, nothing is computed
+    dispatch: tuple[str, str, str] | None = None  # key of measured.json, our contender, the one it replaces
+    host: bool = False  # whether wall time and waits are measured as well
+    memory: bool = False  # whether peak memory is measured as well
+    input_bytes: int = 0  # of one copy of the inputs, where that may not fit
+    absent: Mapping[str, str] = field(default_factory=dict)  # who can't take this case, and why
+
+    def copies(self, device: torch.device) -> int:
+        """So many copies of the inputs that what is read of them is four times the L2 cache."""
+        return min(max(math.ceil(4 * l2_bytes(device) / max(self.bytes, 1)), 1), MAX_COPIES)
+
+
+def our_impl(x: Tensor) -> Impl:
+    """Our contender's path: the kernels on a GPU; on a CPU the reference, never Triton's interpreter."""
+    return "triton" if x.device.type == "cuda" else "reference"
+
+
+def with_grads(out: Tensor, leaves: Sequence[Tensor], upstream: Tensor | None = None) -> Outputs:
+    """The output, and its gradients to those leaves that want one."""
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, wanted, upstream)]
+
+
+def simple(function: Callable[[Any], Outputs], **options: Any) -> Contender:
+    """A contender that needs no preparation."""
+    return Contender(lambda inputs: lambda: function(inputs), **options)
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """By torch.compile, for the very shapes it is called with."""
+    return torch.compile(function, dynamic=False)
+
+
+def in_cuda_graph(contender: Contender) -> Contender:
+    """The same, captured once and replayed."""
+
+    def capture(inputs: Any) -> Run:
+        run = contender.prepare(inputs)
+        run()  # compiles
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = run()
+
+        def replay() -> Outputs:
+            graph.replay()
+            return outputs
+
+        return replay
+
+    return Contender(capture, contender.finish, gpu_only=True)
+
+
+def check(case: Case, name: str, inputs: Any, run: Run, plain: Outputs, exact: Outputs) -> dict[str, Any]:
+    """{"wrong": why} or the error in units of the plain path's."""
+    outputs, finish = run(), case.contenders[name].finish
+    if finish is not None:
+        outputs = finish(inputs, outputs)
+    factor = OURS_FACTOR if name.startswith("ours") else PEER_FACTOR
+    error, wrong = compare(outputs, plain, exact, factor, case.floors, case.equal)
+    return {"error_in_plain_errors": round(error, 3)} if wrong is None else {"wrong": wrong}
+
+
+def run_case(
+    case: Case,
+    device: torch.device,
+    top: Ceilings | None = None,  # for the share of it that each contender reaches
+    results: dict[str, Any] | None = None,  # of each contender, filled in
+    save: Callable[[], None] = lambda: None,  # called whenever `results` changed
+    seconds: float = 1.0,  # of timing
+) -> dict[str, Any]:
+    """Check every contender, time those that are right in turns, and return a record of each.
+
+    `results` may hold what an earlier run found before its process ended: who failed then is not run again. While a
+    contender runs for the first time its record says that the process ended, which it is if nobody writes it anew.
+    Raises DeviceLost when the GPU can't be used any more.
+    """
+    results = {} if results is None else results
+    if device.type == "cuda":
+        torch.compiler.reset()  # so that no case finds the limit of recompilations used up
+    results |= {name: {"absent": reason} for name, reason in case.absent.items()}
+    inputs = [case.make(device) for _ in range(case.copies(device))]
+    exact, plain = case.exact(inputs[0]), case.plain(inputs[0])
+    runs: dict[str, list[Run]] = {}
+    for name, contender in case.contenders.items():
+        if "failed" in results.get(name, {}):
+            continue
+        if contender.gpu_only and device.type != "cuda":
+            results[name] = {"absent": "timed on a GPU only"}
+            continue
+        results[name] = {"failed": ENDED}
+        save()
+        try:
+            first = contender.prepare(inputs[0])
+            found = check(case, name, inputs[0], first, plain, exact)
+            if "wrong" not in found:
+                calls = [first, *(contender.prepare(more) for more in inputs[1:])]
+                for call in calls[1:]:
+                    call()
+                synchronize(device)
+                if device.type == "cuda":
+                    if case.host:
+                        found["syncs"] = count_syncs(first)
+                    if case.memory:
+                        found["peak_bytes"] = peak_bytes(first)
+                runs[name] = calls
+            results[name] = found
+        except (Absent, KernelUnavailable) as error:
+            results[name] = {"absent": str(error)}
+        except ModuleNotFoundError as error:
+            results[name] = {"absent": f"{error.name} is not installed"}
+        except Exception as error:  # whatever a peer does, the others are still measured
+            results[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+            check_device(device, name)
+        except BaseException:  # interrupted: not its fault
+            del results[name]
+            save()
+            raise
+        save()
+        free(device)
+    del exact, plain
+
+    for name, timing in take_turns(runs, device, seconds).items():
+        results[name] |= {
+            "us": round(timing.seconds * 1e6, 3),
+            "quartiles_us": [round(q * 1e6, 3) for q in timing.quartiles],
+            "rounds": timing.rounds,
+            "host_bound": round(timing.host_bound, 2),
+        }
+        if top is not None:
+            results[name]["share_of_ceiling"] = round(top.seconds(case.bytes, case.flops) / timing.seconds, 4)
+    if case.host:
+        for name, wall in wall_seconds(runs, device).items():
+            results[name]["wall_us"] = round(wall * 1e6, 2)
+    return results
+
+
+def check_device(device: torch.device, name: str) -> None:
+    """Raises DeviceLost if the GPU no longer answers, after `name` failed."""
+    try:
+        synchronize(device)
+    except Exception as error:
+        raise DeviceLost(name) from error
+
+
+def free(device: torch.device) -> None:
+    """Give back memory that nothing refers to."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,142 @@
+"""`python -m benchmarks.gpu`: every case on this GPU, into results/<gpu>.json after each one.
+
+A case that the file holds for the same code, packages and device is not run again, so a run that was stopped goes on
+where it was. It stops by itself before --seconds are over, with status 3 while cases are left. What ends the process
+(a kernel that hangs and is killed, an illegal address) is recorded against the contender it happened in and not run
+again until the code changes.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import bench_chain, bench_decode, bench_gate, bench_injection, bench_loss, bench_projector, need_gpu
+from benchmarks.case import Case, DeviceLost, check_device, run_case
+from benchmarks.case import free as free_memory
+from benchmarks.measure import Ceilings, ceilings
+from benchmarks.report import describe, summary
+from benchmarks.results import Results
+
+NOT_FINISHED, LOST = 3, 4  # exit statuses
+RESERVE_SECONDS = 30  # for a case, until one took longer
+GRACE_SECONDS = 15  # after its time, until a process counts as hung
+
+
+def all_cases() -> list[Case]:
+    """Those of requirements first; decoding, which has the most, last."""
+    files = (bench_projector, bench_injection, bench_chain, bench_loss, bench_gate, bench_decode)
+    return [case for file in files for case in file.cases()]
+
+
+def run_cases(
+    cases: Sequence[Case], results: Results, device: torch.device, top: Ceilings, deadline: float, seconds: float = 1.0
+) -> int:
+    """Run what is left until `deadline` (of time.monotonic) and return how many cases remain."""
+    left = results.left(cases)
+    longest: float = RESERVE_SECONDS
+    for number, case in enumerate(left):
+        started = time.monotonic()
+        if started + longest > deadline:
+            return len(left) - number
+        record = results.record(case)
+        results.save()
+        _run(case, record, results, device, top, seconds)
+        results.save()
+        print(f"{describe(case.name, record)}\n", flush=True)
+        longest = max(longest, time.monotonic() - started)
+    return 0
+
+
+def _run(
+    case: Case, record: dict[str, Any], results: Results, device: torch.device, top: Ceilings, seconds: float
+) -> None:
+    free_memory(device)
+    needed = 1.2 * case.input_bytes * case.copies(device)
+    free = free_bytes(device)
+    for kind in ("failed", "skipped"):
+        record.pop(kind, None)
+    record["tries"] = record.get("tries", 0) + 1
+    if record["tries"] > len(case.contenders) + 2:  # each try names one contender that ended it
+        record["failed"] = f"its process ended {record['tries'] - 1} times"
+    elif needed > free:
+        record["skipped"] = f"its inputs need {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are free"
+    else:
+        results.save()
+        try:
+            run_case(case, device, top, record["contenders"], results.save, seconds)
+        except DeviceLost:
+            raise
+        except Exception as error:  # of the case itself: the others go on
+            record |= {"failed": f"{type(error).__name__}: {error}"[:300], "finished": True}
+            results.save()
+            check_device(device, case.name)
+    record["finished"] = True
+
+
+def free_bytes(device: torch.device) -> float:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
+def work(folder: Path, only: str, seconds: float) -> int:
+    """Measure in this process; its exit status."""
+    deadline = time.monotonic() + seconds
+    torch.manual_seed(0)
+    device = torch.device("cuda", torch.cuda.current_device())
+    major, minor = torch.cuda.get_device_capability(device)
+    results = Results(folder, torch.cuda.get_device_name(device), f"sm_{major}{minor}")
+    top = ceilings(device)
+    results.content["ceilings"] = top._asdict()
+    torch.cuda.empty_cache()
+    cases = [case for case in all_cases() if only in case.name]
+    try:
+        left = run_cases(cases, results, device, top, deadline)
+    except DeviceLost as lost:
+        print(f"{lost} took the GPU from this process", flush=True)
+        return LOST
+    results.save()
+    print(summary(results.content))
+    print(f"\n{results.path}: {len(cases) - left} of {len(cases)} cases on {results.content['device']}")
+    if left:
+        print(f"Not finished: {left} cases are left. Run it again, and it goes on from here.")
+    return NOT_FINISHED if left else 0
+
+
+def supervise(command: Sequence[str], seconds: float) -> int:
+    """Run the command with `--seconds` that are left, anew whenever its process is lost, and return its exit status."""
+    deadline = time.monotonic() + seconds
+    while (rest := deadline - time.monotonic()) > RESERVE_SECONDS:
+        try:
+            status = subprocess.run([*command, "--seconds", str(rest)], timeout=rest + GRACE_SECONDS).returncode
+        except subprocess.TimeoutExpired:
+            print("The process hung and was ended. Run it again, and it goes on from here.")
+            return NOT_FINISHED
+        if status in (0, 1, 2, NOT_FINISHED):  # 1 and 2: Python's own, which would come again
+            return status
+        print(f"its process ended with status {status}; the rest goes on in a new one", flush=True)
+    print("Not finished: run it again, and it goes on from here.")
+    return NOT_FINISHED
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the files")
+    parser.add_argument("--seconds", type=float, default=440, help="stop before these are over")
+    parser.add_argument("--only", default="", help="run cases whose name contains this")
+    parser.add_argument("--worker", action="store_true", help="measure in this process, without a second one to watch")
+    arguments = parser.parse_args()
+    need_gpu.main("make bench-gpu")
+    if arguments.worker:
+        return work(arguments.results, arguments.only, arguments.seconds)
+    rest = ["--worker", "--results", str(arguments.results), "--only", arguments.only]
+    return supervise([sys.executable, "-m", "benchmarks.gpu", *rest], arguments.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

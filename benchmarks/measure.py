@@ -1,0 +1,209 @@
+"""Time, error, waits and memory of a call.
+
+GPU time is the time between two CUDA events. Before the first event the GPU is given idle work for longer than the host
+needs to queue the calls, so that the time between the events is the GPU's alone; a sample for which that failed (the
+call waits for the device, say) is counted as host-bound. Calls of a few microseconds are queued several times between
+the events. Contenders take turns, and each call goes to the next copy of the inputs: all copies together are four times
+the L2 cache, so that no call finds its inputs there. On a CPU the same turns are taken with `time.perf_counter`.
+"""
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Outputs = Sequence[Tensor]
+Run = Callable[[], Outputs]
+
+MIN_ROUNDS, MAX_ROUNDS = 9, 200
+SAMPLE_SECONDS, MAX_QUEUED = 100e-6, 32  # a sample queues calls until it is this long, but never more than so many
+CYCLES_PER_SECOND = 2e9  # no less than any GPU's clock, for a head start of at least the seconds asked for
+MAX_HEAD_START = 50e-3
+FEW = 64
+
+
+class Timing(NamedTuple):
+    seconds: float  # median
+    quartiles: tuple[float, float]
+    rounds: int
+    host_bound: float  # part of the samples in which the GPU did not have all calls queued in time
+
+
+class _Contender:
+    def __init__(self, calls: Sequence[Run], device: torch.device) -> None:
+        self.calls, self.device = calls, device  # one call for each copy of the inputs
+        self.samples: list[float] = []
+        self.late = 0
+        calls[0]()  # new memory, if it needs any
+        synchronize(device)
+        started = time.perf_counter()
+        calls[0]()
+        host = time.perf_counter() - started
+        synchronize(device)
+        self.queued, self.head_start = 1, min(2 * host, MAX_HEAD_START)
+        if device.type == "cuda":
+            seconds, _ = self._sample(0)
+            self.queued = min(max(math.ceil(SAMPLE_SECONDS / max(seconds, 1e-7)), 1), MAX_QUEUED)
+            self.head_start = min(2 * host * self.queued, MAX_HEAD_START)
+
+    def sample(self, turn: int) -> None:
+        seconds, late = self._sample(turn)
+        self.samples.append(seconds)
+        self.late += late
+
+    def _sample(self, turn: int) -> tuple[float, bool]:
+        """Seconds of a call, and whether the GPU had to wait for the host."""
+        calls = [self.calls[(turn + i) % len(self.calls)] for i in range(self.queued)]
+        if self.device.type != "cuda":
+            started = time.perf_counter()
+            for call in calls:
+                call()
+            return (time.perf_counter() - started) / len(calls), False
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(self.head_start * CYCLES_PER_SECOND))
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        late = start.query()  # idle work and first event are over, though queueing just ended
+        if late:
+            self.head_start = min(2 * self.head_start + 1e-4, MAX_HEAD_START)
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / len(calls), late
+
+
+def take_turns(contenders: Mapping[str, Sequence[Run]], device: torch.device, seconds: float) -> dict[str, Timing]:
+    """Time all contenders in rounds of one sample each, for about `seconds` and at least MIN_ROUNDS rounds."""
+    ready = {name: _Contender(calls, device) for name, calls in contenders.items()}
+    started, turn, rounds = time.perf_counter(), 0, 0
+    while rounds < MIN_ROUNDS or (time.perf_counter() - started < seconds and rounds < MAX_ROUNDS):
+        for contender in ready.values():
+            contender.sample(turn)
+            turn += contender.queued
+        rounds += 1
+    return {name: timing(contender.samples, contender.late) for name, contender in ready.items()}
+
+
+def timing(samples: Sequence[float], late: int = 0) -> Timing:
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Timing(median, (low, high), len(samples), late / len(samples))
+
+
+def wall_seconds(contenders: Mapping[str, Sequence[Run]], device: torch.device, rounds: int = 20) -> dict[str, float]:
+    """Median seconds from the call to the end of its work on the device, in turns."""
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds):
+        for name, calls in contenders.items():
+            synchronize(device)
+            started = time.perf_counter()
+            calls[turn % len(calls)]()
+            synchronize(device)
+            samples[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def count_syncs(run: Run) -> int:
+    """How often a call waits for the GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def peak_bytes(run: Run) -> int:
+    """GPU memory a call needs at its peak, beyond what was there before and what it returns."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    returned = sum(t.nbytes for t in run())
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - returned
+
+
+def compare(
+    got: Outputs,
+    plain: Outputs,
+    exact: Outputs,
+    factor: float,
+    floors: Sequence[float] = (),
+    equal: bool = False,
+) -> tuple[float, str | None]:
+    """The largest error in units of the plain path's, and None or a sentence saying which output is wrong.
+
+    An output may be `factor` times as far from `exact` (float64) as `plain` is, and never has to be nearer than half a
+    unit in the last place of the largest number, or `floors[i]` times that number. Where an output is FEW numbers, that
+    the plain path is near all of them may be luck: it counts as no nearer, relatively, than in its worst output. With
+    `equal` every output must be `exact`.
+    """
+    if len(got) != len(exact):
+        return math.inf, f"{len(got)} results instead of {len(exact)}"
+    for index, (g, e) in enumerate(zip(got, exact, strict=True)):
+        if g.shape != e.shape:
+            return math.inf, f"result {index} has shape {tuple(g.shape)} instead of {tuple(e.shape)}"
+        if equal and not torch.equal(g.to(e.dtype), e):
+            return math.inf, f"result {index} is not equal, bit by bit"
+    if equal:
+        return 0.0, None
+
+    largest = [_largest(e) for e in exact]
+    plain_errors = [_largest(p.to(e.dtype) - e) for p, e in zip(plain, exact, strict=True)]
+    relative = max((error / size for error, size in zip(plain_errors, largest, strict=True) if size), default=0.0)
+    worst = 0.0
+    for index, (g, e, size, plain_error) in enumerate(zip(got, exact, largest, plain_errors, strict=True)):
+        error, floor = _largest(g.to(e.dtype) - e), torch.finfo(g.dtype).eps / 2 * size
+        if index < len(floors):
+            floor = max(floor, floors[index] * size)
+        elif e.numel() < FEW:
+            plain_error = max(plain_error, relative * size)
+        if not error <= factor * plain_error + floor:  # NaN too
+            return math.inf, (
+                f"result {index} is off by {error:.3g}; {factor:g} × the plain path's {plain_error:.3g} is allowed"
+            )
+        worst = max(worst, error / max(plain_error, floor, 1e-300))
+    return worst, None
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+class Ceilings(NamedTuple):
+    """What the device reaches in this run: large copies, read + write, and bfloat16 products of random matrices."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def seconds(self, num_bytes: float, flops: float) -> float:
+        """The least time for this work."""
+        return max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
+
+
+def ceilings(device: torch.device, copied_bytes: int = 2**30, matrix: int = 8192, seconds: float = 2.0) -> Ceilings:
+    """Measure them, in about twice `seconds`."""
+    source = torch.empty(copied_bytes, dtype=torch.uint8, device=device).random_(0, 255)
+    target = torch.empty_like(source)
+    left, right = (torch.randn(matrix, matrix, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = torch.empty_like(left)
+    copy = take_turns({"copy": [lambda: [target.copy_(source)]]}, device, seconds)["copy"]
+    matmul = take_turns({"matmul": [lambda: [torch.mm(left, right, out=product)]]}, device, seconds)["matmul"]
+    return Ceilings(2 * copied_bytes / copy.seconds, 2 * matrix**3 / matmul.seconds)
+
+
+def l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,197 @@
+"""What is required of the kernels on an H100, and how a results file stands beside it.
+
+Every line takes the worst of its cases. A ratio is a contender's time divided by ours, so that more is better.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+Record = Mapping[str, Any]  # of a case: "bytes", "group", "contenders": {name: result}, ...
+LARGE_CACHE = 250e6  # bytes, from which decoding is held to a share of the copy bandwidth
+PEERS_NOT = ("ours", "reference")
+
+
+class Missing(Exception):
+    """A number isn't there; the message says which and why."""
+
+    def __init__(self, message: str, fault: bool = False) -> None:
+        super().__init__(message)
+        self.fault = fault  # whether our contender was wrong or failed
+
+
+def result(record: Record, name: str, unit: str = "us") -> float:
+    found = record["contenders"].get(name, {})
+    if unit not in found:
+        said = "; ".join(f"{kind}: {why}" for kind, why in found.items() if isinstance(why, str))
+        fault = name.startswith("ours") and bool({"wrong", "failed"} & found.keys())
+        raise Missing(f"{name}: {said or f'no {unit}'}", fault)
+    return found[unit]
+
+
+def ratio(other: str, ours: str = "ours", unit: str = "us") -> Callable[[Record], float]:
+    return lambda record: result(record, other, unit) / result(record, ours, unit)
+
+
+def best_of_ours(other: str) -> Callable[[Record], float]:
+    """The other's time divided by that of our fastest contender."""
+
+    def measure(record: Record) -> float:
+        ours = {name: found for name, found in record["contenders"].items() if name.startswith("ours")}
+        times = [found["us"] for found in ours.values() if "us" in found]
+        if not times:
+            raise Missing(f"ours: {ours}", fault=bool(ours))
+        return result(record, other) / min(times)
+
+    return measure
+
+
+def best_peer(record: Record) -> float:
+    times = [
+        r["us"] for name, r in record["contenders"].items() if not name.startswith(PEERS_NOT) and "us" in r
+    ]  # fmt: skip
+    if not times:
+        raise Missing("no peer was right")
+    return min(times) / result(record, "ours")
+
+
+def share_of_copy(record: Record) -> float:
+    return record["bytes"] / (result(record, "ours") * 1e-6) / record["copy_bytes_per_second"]
+
+
+def group(name: str, part: str = "") -> Callable[[str, Record], bool]:
+    return lambda case, record: record.get("group") == name and part in case
+
+
+def rows_at_most(limit: int) -> Callable[[str, Record], bool]:
+    return lambda case, record: record.get("group") == "projector forward" and _rows(case) <= limit
+
+
+def rows_at_least(limit: int) -> Callable[[str, Record], bool]:
+    return lambda case, record: record.get("group") == "projector forward" and _rows(case) >= limit
+
+
+def _rows(case: str) -> int:
+    return int(case.split("M=")[1].split()[0])
+
+
+class Line(NamedTuple):
+    text: str
+    applies: Callable[[str, Record], bool]
+    measure: Callable[[Record], float]
+    required: float | None = None  # None: printed for comparison
+    aim: float | None = None
+    at_most: bool = False  # whether less is better
+
+
+LINES = [
+    Line("projector forward, M >= 4608, vs eager", rows_at_least(4608), ratio("eager"), 1.05, 1.08),
+    Line("projector forward, M <= 1152, vs eager", rows_at_most(1152), ratio("eager"), 1.10, 1.15),
+    Line("projector forward, all M, vs torch.compile", rows_at_least(1), ratio("torch.compile")),
+    Line(
+        "projector forward + backward vs torch.compile",
+        group("projector forward + backward"), ratio("torch.compile"), 1.03, 1.10,
+    ),
+    Line("injection vs concatenating: GPU time", group("injection forward", "equal"), ratio("concatenating"), 5),
+    Line(
+        "injection vs concatenating: wall time",
+        group("injection forward", "equal"), ratio("concatenating, searching", unit="wall_us"), 20,
+    ),
+    Line("injection vs concatenating: GPU time, any layout", group("injection forward"), ratio("concatenating")),
+    Line("injection: syncs", group("injection forward"), lambda r: result(r, "ours", "syncs"), 0, at_most=True),
+    Line(
+        "injection forward + backward vs concatenating: GPU time",
+        group("injection forward + backward"), ratio("concatenating"),
+    ),
+    Line(
+        "projector + gate + injection vs eager + concatenating",
+        group("chain"), best_of_ours("eager + concatenating"), 1.6, 1.8,
+    ),
+    Line(
+        "decode, cache >= 250 MB: share of copy bandwidth",
+        lambda case, record: record.get("group") == "decode" and record["bytes"] >= LARGE_CACHE,
+        share_of_copy, 0.85, 0.92,
+    ),
+    Line("decode vs best peer", group("decode"), best_peer, 1.0, 1.1),
+    Line("loss V 32000 vs full logits", group("loss V=32000"), ratio("full logits"), 4),
+    Line("loss V 32000 vs Liger", group("loss V=32000"), ratio("Liger"), 2),
+    Line("loss V 32000 vs Liger on compacted rows", group("loss V=32000"), ratio("Liger, compacted rows")),
+    Line(
+        "loss V 32000: memory / that of full logits",
+        group("loss V=32000"), lambda r: 1 / ratio("full logits", unit="peak_bytes")(r), 0.1, at_most=True,
+    ),
+]  # fmt: skip
+
+
+class Standing(NamedTuple):
+    line: Line
+    value: float | None
+    case: str  # the worst one; or why there is no value
+    fault: bool = False  # whether there is none because our contender was wrong or failed
+
+    @property
+    def verdict(self) -> str:
+        if self.value is None:
+            return "not met" if self.fault else "unmeasured"
+        if self.line.required is None:
+            return ""
+        better = (lambda bar: self.value <= bar) if self.line.at_most else (lambda bar: self.value >= bar)
+        if self.line.aim is not None and better(self.line.aim):
+            return "aim met"
+        return "met" if better(self.line.required) else "not met"
+
+
+def standing(line: Line, cases: Mapping[str, Record]) -> Standing:
+    """The worst of the line's cases; one that lacks the number, unless it was too large, makes the line unmeasured."""
+    values = []
+    for case, record in cases.items():
+        if line.applies(case, record) and "skipped" not in record:
+            try:
+                values.append((line.measure(record), case))
+            except Missing as missing:
+                return Standing(line, None, f"{case}: {missing}", missing.fault)
+    if not values:
+        return Standing(line, None, "no case was run")
+    return Standing(line, *(max(values) if line.at_most else min(values)))
+
+
+def finished(results: Mapping[str, Any]) -> dict[str, Record]:
+    """The cases that are through, each with what the lines need of the ceilings."""
+    copy = results.get("ceilings", {}).get("bytes_per_second", math.nan)
+    return {
+        name: {**record, "copy_bytes_per_second": copy}
+        for name, record in results["cases"].items()
+        if record.get("finished")
+    }
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """Each requirement with its value, bar and verdict, then every case with its contenders."""
+    cases = finished(results)
+    lines = [f"{'requirement':<58}{'value':>8}{'required':>10}{'aim':>7}  verdict, worst case"]
+    for found in (standing(line, cases) for line in LINES):
+        shown = ["" if n is None else f"{n:.3g}" for n in (found.value, found.line.required, found.line.aim)]
+        verdict = f"{found.verdict}, {found.case}" if found.verdict else found.case
+        lines.append(f"{found.line.text:<58}{shown[0]:>8}{shown[1]:>10}{shown[2]:>7}  {verdict}")
+    for name, record in cases.items():
+        lines += ["", describe(name, record)]
+    return "\n".join(lines)
+
+
+def describe(name: str, record: Record) -> str:
+    """A case: median GPU time, quartiles, share of the ceiling and error of each contender."""
+    lines = [f"{name} · {record['bytes'] / 1e6:.1f} MB, {record['flops'] / 1e9:.1f} GFLOP"]
+    lines += [f"  {kind}: {record[kind]}" for kind in ("failed", "skipped") if kind in record]
+    for contender, found in record["contenders"].items():
+        if "us" not in found:
+            lines.append(f"  {contender:<32}" + "; ".join(f"{kind}: {why}" for kind, why in found.items()))
+            continue
+        low, high = found["quartiles_us"]
+        said = f"  {contender:<32}{found['us']:>11.1f} µs ({low:.1f} to {high:.1f})"
+        said += f"{found.get('share_of_ceiling', math.nan):>8.1%} of the ceiling"
+        said += f", error {found['error_in_plain_errors']:g} of plain" if found["error_in_plain_errors"] else ""
+        for unit, text in (("wall_us", "{:.1f} µs wall"), ("syncs", "{} syncs"), ("peak_bytes", "{:.3e} bytes peak")):
+            said += f", {text.format(found[unit])}" if unit in found else ""
+        said += f", host-bound {found['host_bound']:.0%}" if found["host_bound"] else ""
+        lines.append(said)
+    return "\n".join(lines)

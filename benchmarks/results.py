@@ -1,0 +1,90 @@
+"""The results file of a GPU: what it holds, when a case in it still counts, and writing it so that it is never half."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.case import Case
+
+ROOT = Path(__file__).parents[1]
+MEASURING = ("case.py", "measure.py", "shapes.py")  # with bench_*.py, the files that a number depends on
+PEERS = ("flash_attn", "xformers", "liger_kernel", "apex")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replaces the file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".part")
+    fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def code_hash(root: Path = ROOT) -> str:
+    """Of the kernels, of what measures them, and of the packages beneath: a case measured with other code is stale."""
+    folder = root / "benchmarks"
+    files = sorted(root.glob("kernels/aligngpt_kernels/**/*.py")) + sorted(folder.glob("bench_*.py"))
+    digest = hashlib.sha256(repr(sorted(versions().items())).encode())
+    for file in [*files, *(folder / name for name in MEASURING)]:
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    for name in ("triton", *PEERS):
+        try:
+            found[name] = importlib.metadata.version(name.replace("_", "-"))
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def commit(root: Path = ROOT) -> str:
+    """The commit's name, with a plus sign if files differ from it; "unknown" outside a repository."""
+    git = ["git", "-C", str(root)]
+    try:
+        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name + ("+" if changed.strip() else "")
+
+
+class Results:
+    """The file of one device, read when it is there."""
+
+    def __init__(self, folder: Path, device_name: str, capability: str) -> None:
+        slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+        self.path, self.code = folder / f"{slug}.json", code_hash()
+        self.content: dict[str, Any] = {"cases": {}}
+        if self.path.exists():
+            self.content = json.loads(self.path.read_text(encoding="utf-8"))
+        self.content |= {"device": device_name, "capability": capability, "versions": versions(), "commit": commit()}
+
+    def save(self) -> None:
+        write_json(self.path, self.content)
+
+    def record(self, case: Case) -> dict[str, Any]:
+        """The record of a case, emptied if it was made with other code."""
+        found = self.content["cases"].get(case.name)
+        if found is None or found["code"] != self.code:
+            found = {"code": self.code, "contenders": {}, "finished": False}
+            self.content["cases"][case.name] = found
+        about = {"group": case.group, "bytes": case.bytes, "flops": case.flops, "dispatch": case.dispatch}
+        found |= about | {"commit": self.content["commit"]} if not found["finished"] else about
+        return found
+
+    def left(self, cases: Sequence[Case]) -> list[Case]:
+        """The cases still to be run; last those that an earlier run ended inside."""
+        records = {name: r for name, r in self.content["cases"].items() if r["code"] == self.code}
+        left = [case for case in cases if not records.get(case.name, {}).get("finished")]
+        return sorted(left, key=lambda case: bool(records.get(case.name, {}).get("contenders")))

@@ -1,0 +1,511 @@
+"""The GPU benchmark's machinery, on a CPU: who is timed, what is recorded, how a stopped run goes on, what it says."""
+
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from aligngpt_kernels.__main__ import OPS
+from torch import Tensor
+
+from benchmarks import case as case_module
+from benchmarks import dispatch, gpu, measure, report
+from benchmarks.case import ENDED, Absent, Case, Contender, DeviceLost, run_case, simple
+from benchmarks.gpu import all_cases, run_cases, supervise
+from benchmarks.measure import Ceilings, compare, take_turns
+from benchmarks.results import Results, code_hash, write_json
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(1e9, 1e9)
+
+
+def double_it(x: Tensor) -> list[Tensor]:
+    return [2 * x]
+
+
+def make_case(name: str = "a case", **more: Any) -> Case:
+    contenders = {"ours": simple(double_it), **more.pop("contenders", {})}
+    return Case(
+        name=name,
+        make=lambda device: torch.randn(5, device=device),
+        contenders=contenders,
+        exact=lambda x: [2 * x.double()],
+        plain=double_it,
+        bytes=40,
+        flops=5,
+        **more,
+    )
+
+
+def missing_package(x: Tensor) -> list[Tensor]:
+    import a_package_that_nobody_has  # type: ignore[import-not-found]
+
+    return a_package_that_nobody_has.double(x)
+
+
+def refuse(x: Tensor) -> list[Tensor]:
+    raise Absent("not on a Tuesday")
+
+
+# ------------------------------------------------------------------------------------------------------ a case
+
+
+def test_only_who_is_right_is_timed():
+    calls = {"wrong": 0}
+
+    def off_by_a_little(x: Tensor) -> list[Tensor]:
+        calls["wrong"] += 1
+        return [2 * x + 1e-3]
+
+    contenders = {
+        "wrong": simple(off_by_a_little),
+        "NaN": simple(lambda x: [2 * x * torch.nan]),
+        "another shape": simple(lambda x: [2 * x[:4]]),
+        "another number of results": simple(lambda x: [2 * x, x]),
+        "broken": simple(lambda x: [x @ x @ x]),
+        "not installed": simple(missing_package),
+        "refusing": simple(refuse),
+        "for GPUs": simple(double_it, gpu_only=True),
+    }
+    case = make_case(contenders=contenders, absent={"unfit": "it takes no mask"})
+    results = run_case(case, CPU, CEILINGS, seconds=0)
+    assert results["ours"]["rounds"] >= measure.MIN_ROUNDS
+    assert results["ours"]["quartiles_us"][0] <= results["ours"]["us"] <= results["ours"]["quartiles_us"][1]
+    assert results["ours"]["share_of_ceiling"] == pytest.approx(4e-8 / results["ours"]["us"] * 1e6, rel=0.1, abs=1e-4)
+    assert calls["wrong"] == 1
+    assert results["wrong"]["wrong"].startswith("result 0 is off by 0.001")
+    assert results["another shape"]["wrong"] == "result 0 has shape (4,) instead of (5,)"
+    assert results["another number of results"]["wrong"] == "2 results instead of 1"
+    assert results["broken"]["failed"].startswith("RuntimeError: ")
+    assert results["not installed"] == {"absent": "a_package_that_nobody_has is not installed"}
+    assert results["refusing"] == {"absent": "not on a Tuesday"}
+    assert results["for GPUs"] == {"absent": "timed on a GPU only"}
+    assert results["unfit"] == {"absent": "it takes no mask"}
+    assert [name for name, found in results.items() if "us" in found] == ["ours"]
+
+
+def test_preparing_is_not_timed_and_finishing_is_neither():
+    def prepare(x: Tensor) -> Callable[[], list[Tensor]]:
+        time.sleep(0.01)
+        return lambda: [x]
+
+    def finish(x: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+        time.sleep(0.01)
+        return [2 * outputs[0]]
+
+    results = run_case(make_case(contenders={"slow to start": Contender(prepare, finish)}), CPU, seconds=0)
+    assert results["slow to start"]["us"] < 5000
+
+
+def test_a_process_that_dies_leaves_its_name():
+    saved: list[dict[str, Any]] = []
+    results: dict[str, Any] = {"deadly": {"failed": ENDED}}  # from a run before
+
+    def never(x: Tensor) -> list[Tensor]:
+        raise AssertionError("it ended a process already")
+
+    case = make_case(contenders={"deadly": simple(never)})
+    run_case(case, CPU, None, results, lambda: saved.append(json.loads(json.dumps(results))), 0)
+    assert results["deadly"] == {"failed": ENDED}
+    assert saved[0]["ours"] == {"failed": ENDED}  # in the file while it runs for the first time
+    assert "us" in results["ours"]
+
+
+def test_an_interruption_is_nobodys_failure():
+    def interrupted(x: Tensor) -> list[Tensor]:
+        raise KeyboardInterrupt
+
+    results: dict[str, Any] = {}
+    with pytest.raises(KeyboardInterrupt):
+        run_case(make_case(contenders={"peer": simple(interrupted)}), CPU, None, results, seconds=0)
+    assert "peer" not in results
+
+
+def test_a_lost_device_ends_the_run_after_naming_the_cause(monkeypatch):
+    def gone(device: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def illegal(x: Tensor) -> list[Tensor]:
+        monkeypatch.setattr(case_module, "synchronize", gone)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    results: dict[str, Any] = {}
+    with pytest.raises(DeviceLost, match="peer"):
+        run_case(make_case(contenders={"peer": simple(illegal)}), CPU, None, results, seconds=0)
+    assert results["peer"]["failed"] == "RuntimeError: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize(
+    ("got", "allowed"),
+    [(1.0, True), (1.02, True), (1.021, False), (float("nan"), False), (float("inf"), False)],
+    ids=str,
+)
+def test_twice_the_plain_error_is_allowed(got: float, allowed: bool):
+    exact, plain = (torch.tensor([x], dtype=torch.float64) for x in (1.0, 1.01))
+    _, wrong = compare([torch.tensor([got]).double()], [plain], [exact], factor=2.00001)
+    assert (wrong is None) == allowed
+
+
+def test_equal_means_every_bit():
+    x = torch.randn(4)
+    assert compare([x.clone()], [x], [x], 2, equal=True)[1] is None
+    assert compare([x + 1e-7], [x], [x], 2, equal=True)[1] == "result 0 is not equal, bit by bit"
+
+
+def test_few_numbers_are_held_to_the_plain_paths_worst_output():
+    exact = [torch.ones(100).double(), torch.ones(7).double(), torch.ones(measure.FEW).double()]
+    plain = [exact[0] + 1e-3, exact[1], exact[2]]
+    for index, right in ((1, True), (2, False)):
+        got = [exact[0], exact[1].clone(), exact[2].clone()]
+        got[index] += 1.9e-3
+        assert (compare(got, plain, exact, 2)[1] is None) == right
+
+
+def test_a_lucky_plain_path_does_not_raise_the_bar():
+    exact = torch.tensor(1000.0, dtype=torch.float64)
+    got = [torch.tensor(1000.01)]
+    assert compare(got, [torch.tensor(1000.0)], [exact], 2)[1] is not None
+    assert compare(got, [torch.tensor(1000.0)], [exact], 2, floors=(1e-4,))[1] is None
+
+
+# ------------------------------------------------------------------------------------------------------ time
+
+
+def test_turns_go_through_all_copies_and_all_contenders():
+    seen: list[tuple[str, int]] = []
+
+    def call(name: str, copy: int) -> Callable[[], list[Tensor]]:
+        return lambda: [seen.append((name, copy)) or torch.empty(0)]
+
+    timings = take_turns({name: [call(name, copy) for copy in range(3)] for name in "ab"}, CPU, 0)
+    timed = seen[4:]  # after two calls of each to warm up
+    assert [name for name, _ in timed[:6]] == list("ababab")
+    assert [copy for _, copy in timed[:6]] == [0, 1, 2, 0, 1, 2]
+    assert {timing.rounds for timing in timings.values()} == {measure.MIN_ROUNDS}
+
+
+class FakeCuda:
+    """Events on a clock that the queued calls move: a call takes `seconds`, the host is late if `late`."""
+
+    def __init__(self, seconds: float, late: bool = False) -> None:
+        self.now, self.seconds, self.late, self.sleeps = 0.0, seconds, late, []
+
+    def call(self) -> list[Tensor]:
+        self.now += self.seconds
+        return []
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = fake.now
+
+            def query(self) -> bool:
+                return fake.late
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: "Event") -> float:
+                return 1e3 * (end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleeps.append)
+        return SimpleNamespace(type="cuda")
+
+
+@pytest.mark.parametrize(("seconds", "queued"), [(6e-6, 17), (1e-3, 1), (1e-7, measure.MAX_QUEUED)])
+def test_short_calls_are_queued_and_long_ones_are_not(monkeypatch, seconds: float, queued: int):
+    fake = FakeCuda(seconds)
+    device: Any = fake.install(monkeypatch)
+    timing = take_turns({"x": [fake.call]}, device, 0)["x"]
+    assert timing.seconds == pytest.approx(seconds)
+    assert timing.host_bound == 0
+    assert round(fake.now / seconds) == 3 + queued * measure.MIN_ROUNDS
+
+
+def test_a_host_that_is_late_is_told_of_and_given_more_time(monkeypatch):
+    fake = FakeCuda(1e-5, late=True)
+    device: Any = fake.install(monkeypatch)
+    assert take_turns({"x": [fake.call]}, device, 0)["x"].host_bound == 1
+    assert fake.sleeps == sorted(fake.sleeps)
+    assert fake.sleeps[-1] <= measure.MAX_HEAD_START * measure.CYCLES_PER_SECOND
+
+
+def test_waits_are_counted(monkeypatch):
+    modes: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def waits_twice() -> list[Tensor]:
+        for text in ("called a synchronizing CUDA operation", "something else"):
+            warnings.warn(text, stacklevel=1)
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        return []
+
+    assert measure.count_syncs(waits_twice) == 2
+    assert modes == ["warn", 0]
+
+
+def test_enough_copies_to_leave_the_cache(monkeypatch):
+    monkeypatch.setattr(case_module, "l2_bytes", lambda device: 50_000_000)
+    assert make_case().copies(CPU) == case_module.MAX_COPIES  # 40 bytes
+    large = Case("large", lambda d: None, {}, lambda x: [], lambda x: [], bytes=90_000_000, flops=0)
+    assert large.copies(CPU) == 3
+    assert Case("huge", lambda d: None, {}, lambda x: [], lambda x: [], bytes=10**9, flops=0).copies(CPU) == 1
+
+
+# ------------------------------------------------------------------------------------------------------ going on
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Callable[[], Results]:
+    return lambda: Results(tmp_path, "NVIDIA H100 80GB HBM3", "sm_90")
+
+
+def names(cases: Sequence[Case]) -> list[str]:
+    return [case.name for case in cases]
+
+
+def run(cases: Sequence[Case], results: Results, seconds_left: float = 1000) -> int:
+    return run_cases(cases, results, CPU, CEILINGS, time.monotonic() + seconds_left, seconds=0)
+
+
+def test_a_finished_case_is_not_run_again(results):
+    cases = [make_case(name) for name in "ab"]
+    assert run(cases[:1], results()) == 0
+    assert names(results().left(cases)) == ["b"]
+    assert run(cases, results()) == 0
+    again = results()
+    assert again.left(cases) == []
+    assert again.path.name == "nvidia-h100-80gb-hbm3.json"
+    assert again.content["versions"]["torch"] == torch.__version__
+    assert again.content["cases"]["a"]["finished"]
+
+
+def test_other_code_makes_a_case_stale(results):
+    case = make_case()
+    run([case], results())
+    changed = results()
+    changed.code = "other"
+    assert changed.left([case]) == [case]
+    assert changed.record(case)["contenders"] == {}
+
+
+def test_the_code_is_that_of_kernels_and_cases(tmp_path):
+    (tmp_path / "kernels/aligngpt_kernels").mkdir(parents=True)
+    (tmp_path / "benchmarks").mkdir()
+    files = ["kernels/aligngpt_kernels/gate.py", "benchmarks/bench_gate.py", "benchmarks/measure.py"]
+    for file in [*files, "benchmarks/case.py", "benchmarks/shapes.py", "benchmarks/report.py"]:
+        (tmp_path / file).write_text("1")
+    hashes = [code_hash(tmp_path)]
+    for file in files:
+        (tmp_path / file).write_text("2")
+        hashes.append(code_hash(tmp_path))
+    assert len(set(hashes)) == len(hashes)
+    (tmp_path / "benchmarks/report.py").write_text("2")  # says how results are shown
+    assert code_hash(tmp_path) == hashes[-1]
+
+
+def test_it_stops_while_there_is_time_for_no_more_cases(results):
+    cases = [make_case(name) for name in "ab"]
+    assert run(cases, results(), seconds_left=gpu.RESERVE_SECONDS - 1) == 2
+    assert not results().path.exists() or not results().content["cases"]
+
+
+def test_a_case_that_ended_a_run_goes_last(results):
+    cases = [make_case(name) for name in "abc"]
+    first = results()
+    first.record(cases[0])["contenders"]["peer"] = {"failed": ENDED}
+    first.save()
+    assert names(results().left(cases)) == ["b", "c", "a"]
+
+
+def test_a_case_that_cannot_be_made_is_recorded_and_the_next_one_runs(results):
+    broken = Case("broken", lambda device: 1 / 0, {}, lambda x: [], lambda x: [], bytes=1, flops=1)
+    now = results()
+    assert run([broken, make_case()], now) == 0
+    assert now.content["cases"]["broken"]["failed"].startswith("ZeroDivisionError")
+    assert "us" in now.content["cases"]["a case"]["contenders"]["ours"]
+
+
+def test_a_case_whose_process_always_ends_is_given_up(results):
+    now, case = results(), make_case()
+    now.record(case)["tries"] = len(case.contenders) + 2
+    assert run([case], now) == 0
+    assert now.content["cases"]["a case"]["failed"] == "its process ended 3 times"
+
+
+def test_a_case_whose_inputs_do_not_fit_is_skipped(results, monkeypatch):
+    monkeypatch.setattr(gpu, "free_bytes", lambda device: 10e9)
+    now = results()
+    run([make_case(input_bytes=9_000_000_000)], now)
+    assert now.content["cases"]["a case"]["skipped"] == "its inputs need 10.8 GB; 10.0 GB are free"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "sub/x.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_lost_process_is_followed_by_a_new_one(tmp_path):
+    script = f"""
+import os, pathlib, signal, sys
+runs = pathlib.Path({str(tmp_path / "runs")!r})
+runs.write_text((runs.read_text() if runs.exists() else "") + sys.argv[-1] + "\\n")
+number = len(runs.read_text().splitlines())
+if number == 1: os.kill(os.getpid(), signal.SIGSEGV)
+sys.exit({gpu.LOST} if number == 2 else {gpu.NOT_FINISHED})
+"""
+    assert supervise([sys.executable, "-c", script], 100) == gpu.NOT_FINISHED
+    seconds = [float(line) for line in (tmp_path / "runs").read_text().splitlines()]
+    assert len(seconds) == 3
+    assert 100 >= seconds[0] > seconds[1] > seconds[2]
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(gpu, "RESERVE_SECONDS", 0)
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.1)
+    assert supervise([sys.executable, "-c", "import time; time.sleep(60)"], 0.2) == gpu.NOT_FINISHED
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("target", ["bench-gpu", "test-gpu"])
+def test_without_a_gpu_one_sentence_says_so(target: str):
+    root = Path(__file__).parents[2]
+    command = ["make", "--silent", target, f"PYTHON={sys.executable}"]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert result.returncode != 0
+    sentence = result.stderr.splitlines()[0]
+    assert sentence.startswith(f"make {target} needs a CUDA device: torch {torch.__version__} of ")
+    assert "Traceback" not in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ what it says
+
+
+def record(group: str, microseconds: dict[str, float], **more: Any) -> dict[str, Any]:
+    about = {"quartiles_us": [1, 3], "error_in_plain_errors": 1, "host_bound": 0}
+    contenders = {name: {"us": us, **about} for name, us in microseconds.items()}
+    empty = {"group": group, "bytes": 1, "flops": 1, "finished": True, "dispatch": None}
+    return {**empty, "contenders": contenders, **more}
+
+
+def stand(text: str, cases: dict[str, Any]) -> report.Standing:
+    (line,) = (line for line in report.LINES if line.text == text)
+    content = {"ceilings": {"bytes_per_second": 3e12}, "cases": cases}
+    return report.standing(line, report.finished(content))
+
+
+def test_a_requirement_is_held_to_its_worst_case():
+    text = "projector forward, M >= 4608, vs eager"
+    cases = {
+        "projector forward M=1152": record("projector forward", {"ours": 100, "eager": 50}),
+        "projector forward M=4608": record("projector forward", {"ours": 100, "eager": 109}),
+        "projector forward M=9216": record("projector forward", {"ours": 100, "eager": 106}),
+    }
+    found = stand(text, cases)
+    assert (found.value, found.case, found.verdict) == (1.06, "projector forward M=9216", "met")
+    cases["projector forward M=9216"]["contenders"]["ours"]["us"] = 90
+    assert stand(text, cases).verdict == "aim met"
+    cases["projector forward M=9216"]["contenders"]["ours"]["us"] = 106
+    assert stand(text, cases).verdict == "not met"
+    cases["projector forward M=9216"]["finished"] = False
+    assert stand(text, cases).value == 1.09
+
+
+def test_what_is_missing_is_unmeasured_and_what_is_wrong_is_not_met():
+    text = "loss V 32000 vs Liger"
+    found = stand(text, {"loss": record("loss V=32000", {"ours": 1})})
+    assert (found.verdict, found.value) == ("unmeasured", None)
+    cases = {"loss": record("loss V=32000", {"Liger": 1})}
+    cases["loss"]["contenders"]["ours"] = {"wrong": "result 0 is off"}
+    assert stand(text, cases).verdict == "not met"
+    assert "result 0 is off" in stand(text, cases).case
+    assert stand(text, {}).verdict == "unmeasured"
+
+
+def test_shares_and_at_most():
+    found = stand(
+        "decode, cache >= 250 MB: share of copy bandwidth",
+        {
+            "decode B=16": record("decode", {"ours": 100}, bytes=270e6),
+            "decode B=1": record("decode", {"ours": 100}, bytes=1e6),
+            "decode too large": record("decode", {}, bytes=1e12, skipped="no room"),
+        },
+    )
+    assert found.value == pytest.approx(0.9)
+    cases = {"injection forward, equal": record("injection forward", {})}
+    for waits, verdict in ((0, "met"), (1, "not met")):
+        cases["injection forward, equal"]["contenders"]["ours"] = {"syncs": waits}
+        assert stand("injection: syncs", cases).verdict == verdict
+
+
+def test_every_requirement_has_its_cases_and_contenders():
+    """With a result for every contender of every case, each line has a value; no two cases share a name."""
+    numbers = {"us": 2.0, "wall_us": 2.0, "syncs": 0, "peak_bytes": 2, "quartiles_us": [1.0, 3.0], "host_bound": 0}
+    numbers["error_in_plain_errors"] = 0.5
+    cases = all_cases()
+    records = {
+        case.name: {
+            "group": case.group, "bytes": case.bytes, "flops": case.flops, "finished": True, "dispatch": case.dispatch,
+            "contenders": {name: dict(numbers) for name in case.contenders},
+        }
+        for case in cases
+    }  # fmt: skip
+    assert len(records) == len(cases)
+    content = {"ceilings": CEILINGS._asdict(), "cases": records}
+    for line in report.LINES:
+        assert report.standing(line, report.finished(content)).value is not None, line.text
+    text = report.summary(content)
+    assert all(line.text in text for line in report.LINES)
+    assert "2.0 µs (1.0 to 3.0)" in text
+    keys = dispatch.ratios(content)
+    assert set(keys) == {f"{op} {bucket}".strip() for op, buckets in OPS.items() for bucket in buckets}
+    assert set(keys.values()) == {1.0}
+
+
+# ------------------------------------------------------------------------------------------------------ dispatch
+
+
+def dispatched(ours: dict[str, Any], other: dict[str, Any], key: str = "inject") -> dict[str, Any]:
+    return record("x", {}, dispatch=[key, "ours", "reference"]) | {"contenders": {"ours": ours, "reference": other}}
+
+
+def test_the_dispatch_table_holds_the_worst_ratio_rounded_down(tmp_path, monkeypatch, capsys):
+    cases = {
+        "a": dispatched({"us": 100}, {"us": 250}),
+        "b": dispatched({"us": 100}, {"us": 99.9}),
+        "the other had no memory": dispatched({"us": 100}, {"failed": "out of memory"}),
+        "ours is not there": dispatched({"absent": "no TMA"}, {"us": 1}),
+        "wrong": dispatched({"wrong": "result 0"}, {"us": 1}, "flash_decode"),
+        "unfinished": dispatched({"us": 1}, {"us": 0.1}) | {"finished": False},
+    }
+    assert dispatch.ratios({"cases": cases}) == {"inject": 0.99, "flash_decode": 0.0}
+
+    measured = tmp_path / "measured.json"
+    measured.write_text(json.dumps({"sm_90": {"inject": 2.0, "align_gate": 1.5}, "sm_80": {"inject": 3.0}}))
+    for name, ours in (("h100", 50), ("h200", 40)):
+        content = {"capability": "sm_90", "cases": {"a": dispatched({"us": ours}, {"us": 100})}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    files = [str(tmp_path / f"{name}.json") for name in ("h100", "h200")]
+    monkeypatch.setattr(sys, "argv", ["dispatch", *files, "--measured", str(measured)])
+    dispatch.main()
+    table = {"sm_80": {"inject": 3.0}, "sm_90": {"align_gate": 1.5, "inject": 2.0}}
+    assert json.loads(measured.read_text()) == json.loads(capsys.readouterr().out) == table

@@ -9,8 +9,9 @@ from .decode import flash_decode, flash_decode_reference
 from .dispatch import KernelUnavailable
 from .embedding import text_mean, text_mean_reference
 from .gate import align_gate, align_gate_reference
-from .injection import inject, inject_reference, project_and_inject, project_and_inject_reference
+from .injection import inject, inject_reference
 from .plan import InjectionPlan, injection_plan
+from .project_inject import project_and_inject, project_and_inject_reference
 from .projector import fused_projector, fused_projector_reference
 
 __all__ = [

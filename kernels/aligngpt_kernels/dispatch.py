@@ -52,8 +52,12 @@ class Chip(NamedTuple):
 
     @property
     def has_tma(self) -> bool:
-        """Whether blocks can be copied through tensor descriptors."""
-        return self.capability >= 90
+        """Whether blocks are copied through tensor descriptors: Hopper and data-center Blackwell.
+
+        Other Blackwells (sm_120) have them too, but less than half the shared memory and no asynchronous products: they
+        are laid out as Ampere is.
+        """
+        return 90 <= self.capability < 120
 
 
 A100, H100, B200 = Chip(80, 108, 166_912), Chip(90, 132, 232_448), Chip(100, 148, 232_448)

@@ -12,6 +12,7 @@ fills ragged edges with zeros; a descriptor needs rows that start at multiples o
 chips take pointers and masks.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -212,15 +213,20 @@ class GemmTile(NamedTuple):
     resident: int  # programs that fit on a multiprocessor at once
     split_k: int = 1  # programs that share a tile, each a part of K
 
-    @property
-    def registers(self) -> int:
-        """Of a thread, so that `resident` programs fit; left to itself the compiler may take a few too many."""
-        return min(255, 65536 // (32 * self.num_warps * self.resident))
+    def most_registers(self, chip: Chip) -> int | None:
+        """What a thread may use, None for the compiler's own choice.
+
+        On sm_90 what lets `resident` programs in; the compiler would take a few more. On the others 255, but for the
+        large shared tile: left alone, the compiler spills two registers of the smaller ones to reach a rounder number.
+        """
+        if chip.capability // 10 == 9:
+            return min(255, 65536 // (32 * self.num_warps * self.resident) // 8 * 8)
+        return 255 if self.num_warps == 4 or self.resident == 1 else None
 
 
 _IEEE = [GemmTile(64, 32, 16, 4, 3, 1, 4), GemmTile(16, 64, 16, 4, 2, 1, 4)]
 _TF32 = [GemmTile(128, 128, 32, 8, 3, 4, 1), GemmTile(64, 128, 32, 4, 3, 4, 2), GemmTile(64, 64, 32, 4, 3, 4, 3)]
-_SMALL = [GemmTile(64, 64, 64, 4, 4, 4, 3), GemmTile(32, 64, 128, 4, 3, 1, 4), GemmTile(16, 64, 128, 4, 4, 1, 3)]
+_SMALL = [GemmTile(64, 64, 64, 4, 4, 4, 3), GemmTile(32, 64, 128, 4, 3, 1, 4), GemmTile(16, 64, 128, 4, 3, 1, 3)]
 _SM90 = [GemmTile(128, 128, 64, 8, 3, 4, 2), GemmTile(64, 128, 64, 4, 4, 4, 2), *_SMALL]
 _SM80 = [GemmTile(128, 128, 32, 8, 4, 4, 1), GemmTile(64, 128, 32, 4, 4, 4, 2)]
 _SM80 += [GemmTile(64, 64, 64, 4, 3, 4, 3), GemmTile(32, 64, 64, 4, 4, 1, 4), GemmTile(16, 64, 64, 4, 4, 1, 4)]
@@ -243,6 +249,7 @@ def splits(tile: GemmTile, k: int, chip: Chip) -> list[int]:
     return [split for split in (1, 2, 4, 8, 16) if split == 1 or k >= split * 4 * tile.block_k]
 
 
+@functools.lru_cache(maxsize=1024)
 def gemm_tile(m: int, n: int, k: int, dtype: torch.dtype, precision: str, epilogue: str, chip: Chip) -> GemmTile:
     """The tile, and the split of K, that an estimate of the clock cycles likes best.
 
@@ -493,8 +500,7 @@ def gemm(
         SPLIT_K=tile.split_k,
         SUBTILES=tile.subtiles,
         GROUP=GROUP,
-        # sm_100 keeps its sums outside of registers and needs no limit; sm_80's tiles are sized without one.
-        maxnreg=tile.registers if here.capability // 10 == 9 else None,
+        maxnreg=tile.most_registers(here),
         **launch_options(tile.num_warps, tile.num_stages),
     )
     return results

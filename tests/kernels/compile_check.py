@@ -5,7 +5,8 @@ compiled for the chip instead, specialised as the JIT would. Prints one JSON lin
 own: Triton's interpreter, which the other tests use, and its compiler cannot share one.
 
 `compiled/FAMILY.py` lists the calls: `calls(chip)` gives `(name, call, default)`, in the order of their worth. Without
-`--all`, 12 at most: sm_90's first eight, and of sm_80 and sm_100 the first two defaults.
+`--all`, 12 at most: sm_90's first eight, and of sm_80 and sm_100 the first two defaults. With it, also the defaults for
+two chips with less than half the shared memory.
 """
 
 import importlib.util
@@ -24,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+RTX_4090, RTX_5090 = Chip(89, 128, 101_376), Chip(120, 170, 101_376)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TENSOR_CORE = ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
 
@@ -98,10 +100,13 @@ def main() -> None:
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for chip in (H100, A100, B200):
+    for chip in (H100, A100, B200, *([RTX_4090, RTX_5090] if everything else [])):
         calls = module.calls(chip)
-        if not everything:
-            calls = calls[:8] if chip is H100 else [c for c in calls if c[2]][:2]
+        defaults = [call for call in calls if call[2]]
+        if chip in (RTX_4090, RTX_5090):
+            calls = defaults
+        elif not everything:
+            calls = calls[:8] if chip is H100 else defaults[:2]
         for name, call, _ in calls:
             with torch.device("meta"):
                 for row in compile_call(chip, name, call):

@@ -3,6 +3,7 @@
 Without a GPU `impl="triton"` runs in Triton's interpreter, on CPU tensors; with one, compiled.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -105,3 +106,5 @@ def _seed_and_device(device: str) -> Iterator[None]:
     torch.manual_seed(0)
     with torch.device(device):
         yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # its limit on recompilations counts over all tests

@@ -23,7 +23,7 @@ def compile_family(family: str, *arguments: str) -> list[dict]:
 
 
 def check(rows: list[dict]) -> None:
-    assert {row["capability"] for row in rows} == {80, 90, 100}
+    assert {row["capability"] for row in rows} >= {80, 90, 100}
     for row in rows:
         assert row["STACK"] + row["LOCAL"] == 0, f"registers are spilled: {row}"
         assert row["REG"] <= 255, row

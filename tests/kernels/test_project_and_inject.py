@@ -4,8 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from aligngpt_kernels import injection as injection_module
-from aligngpt_kernels import injection_plan, project_and_inject
+from aligngpt_kernels import injection_plan, project_and_inject, project_inject
 from aligngpt_kernels.dispatch import A100, H100, assume_chip
 
 IMAGE, ALIGN, VOCABULARY = 40, 41, 40
@@ -173,13 +172,14 @@ def test_auto_runs_the_parts_by_their_own_choice(device, sequence, monkeypatch):
     ids, plan, inputs = case_of("aligned", sequence, device)
     called = []
     for name in ("fused_projector", "inject"):
-        part = getattr(injection_module, name)
-        monkeypatch.setattr(injection_module, name, lambda *a, n=name, f=part, **k: called.append(n) or f(*a, **k))
+        part = getattr(project_inject, name)
+        monkeypatch.setattr(
+            project_inject, name, lambda *a, n=name, f=part, **k: called.append((n, k["impl"])) or f(*a, **k)
+        )
     args = [t.detach().to(device) for t in inputs]
-    monkeypatch.setattr(injection_module, "use_triton", lambda *_, **__: False)
+    monkeypatch.setattr(project_inject, "use_triton", lambda *_, **__: False)
     got = op(*args, ids=ids, plan=plan)
-    assert called == ["fused_projector", "inject"]
     want = op(*args, ids=ids, plan=plan, impl="reference")
-    assert called == ["fused_projector", "inject"]
+    assert called == [(name, impl) for impl in ("auto", "reference") for name in ("fused_projector", "inject")]
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w)

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 from aligngpt_kernels.dispatch import Chip
-from aligngpt_kernels.injection import _launch_inject, _launch_inject_backward
+from aligngpt_kernels.injection import _launch_inject, launch_inject_backward
 
 TOKENS, ROWS, SAMPLES, WIDTH, VOCABULARY = 11264, 9216, 16, 4096, 32000
 
@@ -32,4 +32,4 @@ def forward(dtype: torch.dtype, scale: float) -> None:
 
 def backward(dtype: torch.dtype) -> None:
     grad, ids = torch.empty(TOKENS, WIDTH, dtype=dtype), torch.empty(TOKENS, dtype=torch.long)
-    _launch_inject_backward(grad, ids, *indices(), 1.0, VOCABULARY, ROWS, SAMPLES, [True, True, True])
+    launch_inject_backward(grad, ids, *indices(), 1.0, VOCABULARY, ROWS, SAMPLES, [True, True, True])

@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 from aligngpt_kernels import gemm
 from aligngpt_kernels.dispatch import Chip
-from aligngpt_kernels.injection import _launch_project, _launch_project_backward
+from aligngpt_kernels.project_inject import _launch_project, _launch_project_backward
 
 IN, HIDDEN, WIDTH, VOCABULARY, ROWS, TEXT = 1024, 4096, 4096, 32000, 576, 128
 

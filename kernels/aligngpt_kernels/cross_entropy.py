@@ -361,10 +361,6 @@ class _Sum(torch.autograd.Function):
     """Keeps the gradients themselves, of the supervised rows and the weight."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _launch_sum(*args)
-
-    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         hidden, _, _, rows, _, _, *ctx.needs = inputs
         ctx.save_for_backward(*output[2:], rows)
@@ -381,10 +377,6 @@ class _Sum(torch.autograd.Function):
 
 class _Each(torch.autograd.Function):
     """Keeps its arguments alone."""
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return _launch_each(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

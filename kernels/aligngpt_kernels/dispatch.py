@@ -29,7 +29,10 @@ except ModuleNotFoundError as error:
     from types import SimpleNamespace
 
     # Kernels below are then plain functions that nothing calls: `why_not_triton` says that the package is missing.
-    triton, tl = SimpleNamespace(jit=lambda kernel: kernel, __version__=None), SimpleNamespace(constexpr=int)
+    def jit(kernel: Any = None, **_: Any) -> Any:
+        return kernel or (lambda kernel: kernel)
+
+    triton, tl = SimpleNamespace(jit=jit, __version__=None), SimpleNamespace(constexpr=int)
 
 logger = logging.getLogger(__name__)
 
@@ -174,9 +177,11 @@ def register(
     Args:
         launch: allocates its outputs and launches the kernels. Its annotations are the operator's schema: tensors,
             lists of them, numbers and bools; it returns new tensors only.
-        function: an `autograd.Function` with `forward(*args)`, `setup_context` and `backward`; the operator uses the
-            latter two.
+        function: an `autograd.Function` with `setup_context` and `backward`, for which `launch` is the forward.
     """
+    launch = _on_its_device(launch)
+    if function is not None:
+        function.forward = staticmethod(launch)
     definition = torch.library.custom_op(f"aligngpt::{name}", launch, mutates_args=())
     definition.register_fake(fake)
     if function is not None:
@@ -191,6 +196,20 @@ def register(
         return launch(*args)
 
     return call
+
+
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @functools.wraps(launch)
+    def guarded(*args: Any) -> Any:
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        if device.type != "cuda":
+            return launch(*args)
+        with torch.cuda.device(device):
+            return launch(*args)
+
+    return guarded
 
 
 def _is_traced(argument: Any) -> bool:

@@ -40,7 +40,7 @@ from .plan import InjectionPlan, check_plan, non_image_positions
 RUN_T, RUN_D = 16, 256  # tokens of a run added at once; columns of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _run_sum_kernel(
     p_sorted,  # (T,) ids in ascending order, V for tokens that have no gradient
     p_row,  # (T,) int64, row of grad_rows of each sorted token
@@ -163,7 +163,7 @@ def _text_at(p_ids, p_source, p_sample, p_gate_mask, i_s, o_t, num_tokens, MASKE
     return tl.load(p_ids + o_t, mask=m_t, other=0).to(tl.int64), m_chosen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _text_mean_kernel(
     p_ids,  # (T,)
     p_embed,  # (V, D)
@@ -305,10 +305,6 @@ def _fake_text_mean_backward(
 
 class _TritonTextMean(torch.autograd.Function):
     """Saves indices and counts alone."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return _launch_text_mean(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -177,7 +177,7 @@ def _gelu_cdf(x):
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_images", "num_samples"])
 def _align_gate_kernel(
     p_image,  # (M, P, D)
     p_mean,  # (S, D)
@@ -323,7 +323,7 @@ def _align_gate_kernel(
             tl.store(p_h + i_s.to(tl.int64) * width + o_d, b_h.to(p_h.dtype.element_ty), mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_images", "num_samples"])
 def _align_gate_backward_kernel(
     p_grad_h,  # (S, D)
     p_grad_weights,  # (S, N - 1)
@@ -553,7 +553,7 @@ def _row_grads(
         tl.store(p_grad_mean + i_s.to(tl.int64) * width + o_d, b_grad_mean, mask=o_d < tl.where(owned, width, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_images", "num_samples", "gate_programs", "table_programs"])
 def _align_gate_grads_kernel(
     p_image,
     p_mean,
@@ -857,10 +857,6 @@ def _fake_align_gate_backward(
 
 class _TritonAlignGate(torch.autograd.Function):
     """Saves the weights, the dots and what enters GELU; image rows only if the text mean needs a gradient."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _launch_align_gate(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

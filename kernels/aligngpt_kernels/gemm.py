@@ -98,7 +98,7 @@ def weight_grad_tile(dtype: torch.dtype, precision: str) -> WeightGradTile:
     return WeightGradTile(128, 128, 64, num_warps=8, num_stages=3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _weight_grad_kernel(
     grad,  # (M, N)
     x,  # (M, K)
@@ -333,7 +333,7 @@ def _epilogue(
         tl.store(p_out + at, b_acc.to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_places"])
 def _gemm_kernel(
     a,  # (M, K)
     b,  # (N, K), or (K, N) with B_IS_KN

@@ -153,7 +153,7 @@ def inject_tile(width: int, element_bytes: int, chip: Chip) -> InjectTile:
     return InjectTile(block_d, num_warps=max(1, block_d * element_bytes // (32 * 64)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_image_rows", "num_align_rows"])
 def _inject_kernel(
     p_ids,  # (T,)
     p_source,  # (T,)
@@ -194,7 +194,7 @@ def _inject_kernel(
     tl.store(p_out + i_t * width + o_d, b_row, mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["image_rows", "align_rows", "num_image_places", "num_align_places"])
 def _take_rows_kernel(
     p_grad,  # (T, D)
     p_image_place,  # (planned,)
@@ -342,10 +342,6 @@ def _fake_inject_backward(
 
 class _TritonInject(torch.autograd.Function):
     """Saves the indices alone; its backward gathers."""
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return _launch_inject(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -72,7 +72,7 @@ def _by_parts(
     return embeddings, sample_dots(image_rows[: image_sample.shape[0]], text_mean, image_sample)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_images"])
 def _sample_dots_kernel(
     p_sums,  # (images * P, parts) float32
     p_owner,  # (images,)
@@ -100,7 +100,7 @@ def _sample_dots_kernel(
     tl.store(p_dots + i_s.to(tl.int64) * rows_per_image + o_p, b_dots / tl.maximum(count, 1).to(tl.float32), mask=m_p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_places"])
 def _projected_grad_kernel(
     p_grad,  # (T, D)
     p_place,  # (places,)
@@ -129,7 +129,7 @@ def _projected_grad_kernel(
     tl.store(p_out + i_r * width + o_d, b_row.to(p_out.dtype.element_ty), mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_images"])
 def _weighted_rows_kernel(
     p_rows,  # (M * P, D)
     p_weight,  # (images * P,) float32
@@ -302,10 +302,6 @@ def _fake_project_backward(*args: Any) -> list[Tensor]:
 
 class _TritonProject(torch.autograd.Function):
     """Saves its arguments, but for the embedding table, and the sum before the GELU; no row of its output."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _launch_project(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -125,10 +125,6 @@ class _TritonProjector(torch.autograd.Function):
     """Saves its arguments and what the launcher kept."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return _launch_projector(*args)
-
-    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, w1, b1, w2, _, _ = inputs
         ctx.save_for_backward(x, w1, b1, w2, output[1])

@@ -1,5 +1,6 @@
 """The choice of an implementation, the refusal of DTensors, and the table that `python -m aligngpt_kernels` prints."""
 
+import contextlib
 import logging
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from aligngpt_kernels import KernelUnavailable, dispatch, injection_plan
 from aligngpt_kernels.__main__ import OPS
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
@@ -146,6 +148,19 @@ def test_gradients_of_every_reference_by_finite_differences(name):
         return tuple(r for r in results if r.requires_grad)
 
     assert torch.autograd.gradcheck(differentiable, [call[a].double().requires_grad_() for a in names])
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    """Triton takes the current device, which is another one for most layers of a model spread over several GPUs."""
+    entered: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(entered.append(device)))
+    with FakeTensorMode():
+        tensor = torch.empty(1, device="cuda:1")
+    launch = dispatch._on_its_device(lambda *args: len(args))
+    assert launch(tensor, 2) == 2
+    assert entered == [torch.device("cuda:1")]
+    assert launch(torch.empty(1, device="cpu")) == 1
+    assert len(entered) == 1
 
 
 def test_the_fall_back_is_said_once(caplog):

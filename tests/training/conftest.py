@@ -105,13 +105,24 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 
 @pytest.fixture(scope="session")
 def launch() -> Callable[..., Finished]:
-    """`launch(script, run_dir, *flags, processes=…)` runs training/<script>.py; processes=0: without torchrun."""
+    """`launch(script, run_dir, *flags, processes=…)` runs training/<script>.py; processes=0: without torchrun.
 
-    def run(script: str, run_dir: Path, *flags: object, processes: int = 0, preset: str = "tiny") -> Finished:
+    `on_triton`: the ops run Triton's kernels, in its interpreter where there is no GPU, instead of their references.
+    """
+
+    def run(
+        script: str,
+        run_dir: Path,
+        *flags: object,
+        processes: int = 0,
+        preset: str = "tiny",
+        on_triton: bool = False,
+    ) -> Finished:
         start = [sys.executable]
         if processes:
             start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [*start, f"training/{script}.py", preset, "--run-dir", run_dir, *flags]
+        program = ["tests/training/on_triton.py", script] if on_triton else [f"training/{script}.py"]
+        command = [*start, *program, preset, "--run-dir", run_dir, *flags]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         done = subprocess.run(
             [str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240

@@ -186,6 +186,14 @@ def test_stage_2_equals_a_plain_loop_from_the_folder_that_stage_1_left(stages: S
     assert changed == after.keys() - frozen
 
 
+def test_fault_42_stage_2_on_tritons_kernels_over_two_processes(stages: Stages, launch: Launch, tmp_path: Path) -> None:
+    """Projector, gate, sequence and loss by kernels, their gradients through FSDP2: the losses of the references."""
+    run = launch("finetune", tmp_path / "run", *stages.flags_2, processes=2, on_triton=True)
+    assert run.status == 0, run.output
+    assert run.losses == pytest.approx(stages.stage_2[1].losses, abs=1e-5)
+    assert "on Triton: align_gate fused_projector inject linear_cross_entropy text_mean\n" in run.output
+
+
 def test_result_is_read_by_from_pretrained_and_answers(stages: Stages, parts: Any) -> None:
     folder = stages.stage_2[1].run_dir / "model"
     model = AlignGPTForConditionalGeneration.from_pretrained(folder).eval()

@@ -44,11 +44,11 @@ test-compile: install .venv-triton/.installed
 	$(BIN)/python -m pytest tests/kernels/test_compiled.py
 	PYTHONPATH=kernels:. .venv-triton/bin/python -m pytest tests/kernels
 
-.venv-triton/.installed:
-	$(PYTHON) -m venv .venv-triton
+.venv-triton/.installed: Makefile
+	$(PYTHON) -m venv --clear .venv-triton
 	.venv-triton/bin/python -m pip install --quiet --upgrade pip
 	.venv-triton/bin/python -m pip install --quiet "$(TORCH)"
-	.venv-triton/bin/python -m pip install --quiet "$(OLDEST_TRITON)" "numpy<2.4" pytest hypothesis
+	.venv-triton/bin/python -m pip install --quiet "$(OLDEST_TRITON)" "numpy<2.4" pytest hypothesis safetensors
 	touch $@
 
 # The next two use the python3 that is there, install nothing, end within 8 minutes, and go on from where they stopped:
@@ -60,8 +60,8 @@ DALI_TESTS := tests/training/test_dali_pipeline.py
 test-gpu:
 	@$(GPU_ENV) $(PYTHON) -m benchmarks.need_gpu "make test-gpu"
 	mkdir -p $(RESULTS)
-	$(GPU_ENV) timeout --kill-after=10 420 $(PYTHON) -m pytest tests/kernels --ignore=tests/kernels/test_compiled.py \
-		--resume=$(RESULTS)/passed_tests.txt --stop-after=370
+	$(GPU_ENV) timeout --kill-after=10 380 $(PYTHON) -m pytest tests/kernels --ignore=tests/kernels/test_compiled.py \
+		--resume=$(RESULTS)/passed_tests.txt --stop-after=335
 	@if $(PYTHON) -c "import nvidia.dali" 2>/dev/null; \
 	then $(GPU_ENV) timeout --kill-after=10 40 $(PYTHON) -m pytest $(DALI_TESTS) -m gpu; \
 	else echo "left out: $(DALI_TESTS), the package nvidia.dali is not installed"; fi

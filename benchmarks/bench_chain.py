@@ -2,9 +2,11 @@
 
 What it replaces is the eager projector and the public code's concatenating algorithm (bench_injection.py) with its gate
 between: the text mean of each padded text block, the dots with the padded image block, a two-layer MLP, the mix.
+Forward + backward gives projector and gate their gradients; the embeddings and the gate's table are frozen.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -26,7 +28,7 @@ from torch import Tensor
 from benchmarks import bench_injection, bench_projector
 from benchmarks.bench_injection import Batch, concatenate, make_batch, search
 from benchmarks.bench_projector import Projector
-from benchmarks.case import Case, our_impl, simple
+from benchmarks.case import Case, our_impl, simple, with_grads
 from benchmarks.measure import Outputs
 from benchmarks.shapes import FEATURES, GATE_HIDDEN, IMAGES, LEVELS, ROWS, TEXT, VOCABULARY, WIDTH
 
@@ -40,13 +42,17 @@ class Chain(NamedTuple):
     counts: Tensor  # (S, 1) how many those are
 
 
-def make(device: torch.device, dtype: torch.dtype, rows: int, features: int, width: int, vocabulary: int) -> Chain:
+def make(
+    device: torch.device, dtype: torch.dtype, rows: int, features: int, width: int, vocabulary: int, backward: bool
+) -> Chain:
     batch = make_batch("padded", dtype, device, rows=rows, width=width, vocabulary=vocabulary)
-    projector = bench_projector.make(IMAGES * rows, features, width, dtype, device)
+    if backward:
+        batch = batch._replace(upstream=torch.randn(*batch.ids.shape, width, dtype=dtype, device=device))
+    projector = bench_projector.make(IMAGES * rows, features, width, dtype, device, backward)
 
     def draw(*shape: int) -> Tensor:
         bound = shape[-1] ** -0.5
-        return torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound)
+        return torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound).requires_grad_(backward)
 
     gate = draw(GATE_HIDDEN, rows), draw(GATE_HIDDEN), draw(LEVELS - 1, GATE_HIDDEN), draw(LEVELS - 1)
     counts = torch.tensor([[len(text) - 1.0] for text in batch.texts], device=device)
@@ -57,30 +63,30 @@ def make(device: torch.device, dtype: torch.dtype, rows: int, features: int, wid
     return Chain(batch, projector, gate, table, gate_mask, counts)
 
 
-def in_parts(c: Chain) -> Outputs:
+def in_parts(c: Chain, eager_projector: bool = False) -> Tensor:
     b, impl = c.batch, our_impl(c.batch.ids)
-    image_rows = fused_projector(*c.projector[:5], impl=impl)
+    image_rows = fused_projector(*c.projector[:5], impl="reference" if eager_projector else impl)
     mean = text_mean(b.ids, b.embed_weight, c.gate_mask, b.plan, impl=impl)
     image_sample = b.plan.image_sample(image_rows.shape[1])
     heads, _ = align_gate(image_rows, mean, *c.gate, c.table, image_sample=image_sample, mode="adaptive", impl=impl)
-    return [inject(b.ids, b.embed_weight, image_rows, heads, plan=b.plan, impl=impl)]
+    return inject(b.ids, b.embed_weight, image_rows, heads, plan=b.plan, impl=impl)
 
 
-def fused(c: Chain) -> Outputs:
+def fused(c: Chain) -> Tensor:
     b, impl = c.batch, our_impl(c.batch.ids)
     mean = text_mean(b.ids, b.embed_weight, c.gate_mask, b.plan, impl=impl)
     out, dots = project_and_inject(*c.projector[:5], b.ids, b.embed_weight, mean, plan=b.plan, impl=impl)
     out.view(-1, out.shape[-1])[b.plan.align_place.long()] = mix(dots, c)
-    return [out]
+    return out
 
 
-def reference(c: Chain) -> Outputs:
+def reference(c: Chain) -> Tensor:
     b = c.batch
     image_rows = fused_projector_reference(*c.projector[:5])
     mean = text_mean_reference(b.ids, b.embed_weight, c.gate_mask, b.plan)
     image_sample = b.plan.image_sample(image_rows.shape[1])
     heads, _ = align_gate_reference(image_rows, mean, *c.gate, c.table, image_sample=image_sample, mode="adaptive")
-    return [inject_reference(b.ids, b.embed_weight, image_rows, heads, plan=b.plan)]
+    return inject_reference(b.ids, b.embed_weight, image_rows, heads, plan=b.plan)
 
 
 def mix(dots: Tensor, c: Chain) -> Tensor:
@@ -90,27 +96,33 @@ def mix(dots: Tensor, c: Chain) -> Tensor:
     return (alpha @ c.table[:-1].to(dots.dtype) + c.table[-1]).to(c.table.dtype)
 
 
-def concatenating(c: Chain, cut_texts: list[tuple[Tensor, Tensor]]) -> Outputs:
+def concatenating(c: Chain, cut_texts: list[tuple[Tensor, Tensor]]) -> Tensor:
     image_rows = fused_projector_reference(*c.projector[:5])
 
     def heads(text: Tensor, image: Tensor) -> Tensor:  # (S, longest text, D), (S, P, D)
         mean = text[:, 1:].sum(1) / (c.counts.to(text.dtype) + 1e-8)
         return mix((image @ mean[:, :, None])[:, :, 0], c)
 
-    return [concatenate(c.batch._replace(image_rows=image_rows), cut_texts, heads)]
+    return concatenate(c.batch._replace(image_rows=image_rows), cut_texts, heads)
 
 
-def known(c: Chain) -> Outputs:
+def known(c: Chain) -> Tensor:
     return concatenating(c, [(text[: bench_injection.CUT], text[bench_injection.CUT :]) for text in c.batch.texts])
 
 
-def searching(c: Chain) -> Outputs:
+def searching(c: Chain) -> Tensor:
     return concatenating(c, search(c.batch.marked))
+
+
+def outputs(function: Callable[[Chain], Tensor], c: Chain) -> Outputs:
+    """The embeddings and, where an upstream gradient is there, those of projector and gate."""
+    out, upstream = function(c), c.batch.upstream
+    return [out] if upstream is None else with_grads(out, [*c.projector[1:5], *c.gate], upstream.to(out.dtype))
 
 
 def exact(c: Chain) -> Outputs:
     def double(t: Tensor) -> Tensor:
-        return t.double() if t.is_floating_point() else t
+        return t.detach().double().requires_grad_(t.requires_grad)
 
     w1, b1, w2, b2 = map(double, c.gate)
     doubled = c._replace(
@@ -119,11 +131,12 @@ def exact(c: Chain) -> Outputs:
         gate=(w1, b1, w2, b2),
         table=c.table.double(),
     )
-    return reference(doubled)
+    return outputs(reference, doubled)
 
 
 def case(
     *,
+    backward: bool = False,
     rows: int = ROWS,
     features: int = FEATURES,
     width: int = WIDTH,
@@ -132,32 +145,42 @@ def case(
 ) -> Case:
     image_rows, tokens = IMAGES * rows, IMAGES * (TEXT + rows + 1)
     weights, texts = features * width + width**2, IMAGES * TEXT * width
+    functions: dict[str, Callable[[Chain], Tensor]] = {
+        "ours, in parts": in_parts,
+        "ours, eager projector": partial(in_parts, eager_projector=True),
+        "ours, project_and_inject": fused,
+        "reference": reference,
+        "eager + concatenating": known,
+        "eager + concatenating, searching": searching,
+    }
+    moved = image_rows * features + weights + texts + tokens * width
+    products = 2 * image_rows * width * (features + width + 1)
+    if backward:  # as in bench_projector; the gate's own gradients are little beside it
+        moved += image_rows * (features + width) + width**2 + weights
+        products += 2 * image_rows * width * (features + 2 * width)
+    direction = "forward + backward" if backward else "forward"
     return Case(
-        name=f"projector + gate + injection, {IMAGES} images",
-        make=lambda device: make(device, dtype, rows, features, width, vocabulary),
-        contenders={
-            "ours, in parts": simple(in_parts),
-            "ours, project_and_inject": simple(fused),
-            "reference": simple(reference),
-            "eager + concatenating": simple(known),
-            "eager + concatenating, searching": simple(searching),
-        },
+        name=f"projector + gate + injection {direction}, {IMAGES} images",
+        make=lambda device: make(device, dtype, rows, features, width, vocabulary, backward),
+        contenders={name: simple(partial(outputs, function)) for name, function in functions.items()},
         exact=exact,
-        plain=known,
-        bytes=(image_rows * features + weights + texts + tokens * width) * dtype.itemsize,
-        flops=2 * image_rows * width * (features + width + 1),
-        group="chain",
-        dispatch=("project_and_inject", "ours, project_and_inject", "ours, in parts"),
+        plain=partial(outputs, known),
+        bytes=moved * dtype.itemsize,
+        flops=products,
+        group=f"chain {direction}",
+        # without it the parts run, each where its own measurement lets it
+        dispatch=("project_and_inject", "ours, project_and_inject", ("ours, in parts", "ours, eager projector")),
         host=True,
     )
 
 
 def cases() -> list[Case]:
-    return [case()]
+    return [case(backward=backward) for backward in (False, True)]
 
 
 def small_cases() -> list[Case]:
-    return [case(rows=16, features=32, width=64, vocabulary=500, dtype=torch.float32)]
+    small = {"rows": 16, "features": 32, "width": 64, "vocabulary": 500}
+    return [case(backward=backward, **small, dtype=torch.float32) for backward in (False, True)]
 
 
 @pytest.mark.parametrize("case", cases() if torch.cuda.is_available() else small_cases(), ids=lambda case: case.name)

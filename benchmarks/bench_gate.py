@@ -132,7 +132,7 @@ def case(
         bytes=elements * dtype.itemsize,
         flops=2 * elements,
         group="gate",
-        dispatch=(op, "ours", "reference") if op in ("text_mean", "align_gate") else None,
+        dispatch=(op, "ours", ("reference",)) if op in ("text_mean", "align_gate") else None,
     )
 
 

@@ -229,7 +229,7 @@ def case(
         flops=0,
         equal=True,
         group="injection forward + backward" if backward else "injection forward",
-        dispatch=("inject", "ours", "reference"),
+        dispatch=("inject", "ours", ("reference",)),
         host=True,
     )
 

@@ -23,6 +23,7 @@ from benchmarks.measure import (
     Run,
     compare,
     count_syncs,
+    free_bytes,
     l2_bytes,
     peak_bytes,
     synchronize,
@@ -32,6 +33,7 @@ from benchmarks.measure import (
 
 OURS_FACTOR, PEER_FACTOR = 2, 8  # × the plain path's error: ours must be as exact, a peer must not be wrong
 MAX_COPIES = 128  # of the inputs
+ROOM = 1.2  # bytes that must be free for each byte of the inputs
 ENDED = "the process ended while it ran"
 
 
@@ -61,15 +63,23 @@ class Case:
     group: str = ""  # requirements and tests select cases by it
     floors: Sequence[float] = ()  # see measure.compare
     equal: bool = False  # whether results must be exact: rows are copied, nothing is computed
-    dispatch: tuple[str, str, str] | None = None  # key of measured.json, our contender, the one it replaces
+    dispatch: tuple[str, str, tuple[str, ...]] | None = None  # key of measured.json, our contender, what it replaces
     host: bool = False  # whether wall time and waits are measured as well
     memory: bool = False  # whether peak memory is measured as well
     input_bytes: int = 0  # of one copy of the inputs, where that may not fit
     absent: Mapping[str, str] = field(default_factory=dict)  # who can't take this case, and why
 
     def copies(self, device: torch.device) -> int:
-        """So many copies of the inputs that what is read of them is four times the L2 cache."""
-        return min(max(math.ceil(4 * l2_bytes(device) / max(self.bytes, 1)), 1), MAX_COPIES)
+        """So many copies of the inputs that what is read of them is four times the L2 cache.
+
+        Two at least, since the cache may hold the end of a large one, unless memory has room for only one.
+        """
+        cache = l2_bytes(device)
+        if cache == 0:
+            return 1
+        wanted = min(max(math.ceil(4 * cache / max(self.bytes, 1)), 2), MAX_COPIES)
+        room = free_bytes(device) / (ROOM * max(self.input_bytes, 1))
+        return min(wanted, max(int(min(room, MAX_COPIES)), 1))
 
 
 def our_impl(x: Tensor) -> Impl:
@@ -174,6 +184,7 @@ def run_case(
             results[name] = {"absent": f"{error.name} is not installed"}
         except Exception as error:  # whatever a peer does, the others are still measured
             results[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+            save()  # before the device may turn out to be lost
             check_device(device, name)
         except BaseException:  # interrupted: not its fault
             del results[name]

@@ -1,8 +1,10 @@
 """`python -m benchmarks.dispatch FILE …`: what "auto" goes by, from results files of benchmarks.gpu.
 
 Writes kernels/aligngpt_kernels/measured.json: by compute capability and op, the time of what an op replaces divided by
-its own, the worst over its cases, rounded down. 0 where our kernel failed or was wrong. Cases in which what it replaces
-could not run (out of memory, say) count for nothing. Ops that the files say nothing of keep their numbers.
+its own, the worst over its cases, rounded down. Where several things do what an op replaces, the fastest that was right
+counts. 0 where our kernel failed or was wrong. Cases in which what it replaces could not run (out of memory, say), or
+that other code than the file's last was measured in, count for nothing. Ops that the files say nothing of keep their
+numbers.
 """
 
 import argparse
@@ -12,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import finished
 from benchmarks.results import write_json
 
 MEASURED = Path(__file__).parents[1] / "kernels/aligngpt_kernels/measured.json"
@@ -20,15 +23,17 @@ MEASURED = Path(__file__).parents[1] / "kernels/aligngpt_kernels/measured.json"
 def ratios(results: Mapping[str, Any]) -> dict[str, float]:
     """By key of the dispatch table, from one results file."""
     worst: dict[str, float] = {}
-    for record in results["cases"].values():
-        if not record.get("finished") or record.get("dispatch") is None:
+    for record in finished(results).values():
+        if record.get("dispatch") is None:
             continue
         key, ours, replaced = record["dispatch"]
-        found, other = (record["contenders"].get(name, {}) for name in (ours, replaced))
+        found = record["contenders"].get(ours, {})
+        others = [record["contenders"].get(name, {}).get("us") for name in replaced]
+        times = [us for us in others if us is not None]
         if {"wrong", "failed"} & found.keys():
             ratio = 0.0
-        elif "us" in found and "us" in other:
-            ratio = math.floor(100 * other["us"] / found["us"]) / 100
+        elif "us" in found and times:
+            ratio = math.floor(100 * min(times) / found["us"]) / 100
         else:
             continue
         worst[key] = min(ratio, worst.get(key, math.inf))

@@ -3,11 +3,11 @@
 A case that the file holds for the same code, packages and device is not run again, so a run that was stopped goes on
 where it was. It stops by itself before --seconds are over, with status 3 while cases are left. What ends the process
 (a kernel that hangs and is killed, an illegal address) is recorded against the contender it happened in and not run
-again until the code changes.
+again until the code changes. Whoever ran when the time was over gets a second try: it may only have compiled.
 """
 
 import argparse
-import math
+import json
 import subprocess
 import sys
 import time
@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from benchmarks import bench_chain, bench_decode, bench_gate, bench_injection, bench_loss, bench_projector, need_gpu
-from benchmarks.case import Case, DeviceLost, check_device, run_case
+from benchmarks.case import ENDED, ROOM, Case, DeviceLost, check_device, run_case
 from benchmarks.case import free as free_memory
-from benchmarks.measure import Ceilings, ceilings
+from benchmarks.measure import Ceilings, ceilings, free_bytes
 from benchmarks.report import describe, summary
-from benchmarks.results import Results
+from benchmarks.results import Results, write_json
 
 NOT_FINISHED, LOST = 3, 4  # exit statuses
-RESERVE_SECONDS = 30  # for a case, until one took longer
+RESERVE_SECONDS, MOST_RESERVED = 60, 200  # for a case, until one took longer; and then at most
 GRACE_SECONDS = 15  # after its time, until a process counts as hung
 
 
@@ -40,17 +40,17 @@ def run_cases(
 ) -> int:
     """Run what is left until `deadline` (of time.monotonic) and return how many cases remain."""
     left = results.left(cases)
-    longest: float = RESERVE_SECONDS
     for number, case in enumerate(left):
         started = time.monotonic()
-        if started + longest > deadline:
+        longest = results.content.get("longest_seconds", 0)
+        if started + min(max(longest, RESERVE_SECONDS), MOST_RESERVED) > deadline:
             return len(left) - number
         record = results.record(case)
         results.save()
         _run(case, record, results, device, top, seconds)
+        results.content["longest_seconds"] = max(longest, round(time.monotonic() - started, 1))
         results.save()
         print(f"{describe(case.name, record)}\n", flush=True)
-        longest = max(longest, time.monotonic() - started)
     return 0
 
 
@@ -58,8 +58,8 @@ def _run(
     case: Case, record: dict[str, Any], results: Results, device: torch.device, top: Ceilings, seconds: float
 ) -> None:
     free_memory(device)
-    needed = 1.2 * case.input_bytes * case.copies(device)
-    free = free_bytes(device)
+    record |= {"copies": case.copies(device), "ceilings": top._asdict()}
+    needed, free = ROOM * case.input_bytes * record["copies"], free_bytes(device)
     for kind in ("failed", "skipped"):
         record.pop(kind, None)
     record["tries"] = record.get("tries", 0) + 1
@@ -80,10 +80,6 @@ def _run(
     record["finished"] = True
 
 
-def free_bytes(device: torch.device) -> float:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-
-
 def work(folder: Path, only: str, seconds: float) -> int:
     """Measure in this process; its exit status."""
     deadline = time.monotonic() + seconds
@@ -92,7 +88,6 @@ def work(folder: Path, only: str, seconds: float) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     results = Results(folder, torch.cuda.get_device_name(device), f"sm_{major}{minor}")
     top = ceilings(device)
-    results.content["ceilings"] = top._asdict()
     torch.cuda.empty_cache()
     cases = [case for case in all_cases() if only in case.name]
     try:
@@ -108,13 +103,45 @@ def work(folder: Path, only: str, seconds: float) -> int:
     return NOT_FINISHED if left else 0
 
 
-def supervise(command: Sequence[str], seconds: float) -> int:
-    """Run the command with `--seconds` that are left, anew whenever its process is lost, and return its exit status."""
+Mark = tuple[str, str, str]  # case, its code, and a contender that a process ended in
+
+
+def marks(file: Path) -> set[Mark]:
+    cases = json.loads(file.read_text(encoding="utf-8"))["cases"]
+    return {
+        (case, record["code"], name)
+        for case, record in cases.items()
+        for name, found in record["contenders"].items()
+        if found.get("failed") == ENDED
+    }
+
+
+def forgive(file: Path, before: set[Mark]) -> None:
+    """Drop the mark that a run killed at its time limit added to those `before`, once for each contender."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for case, _, name in marks(file) - before:
+        record = content["cases"][case]
+        if name not in record.setdefault("timed_out", []):
+            record["timed_out"].append(name)
+            record["tries"] -= 1
+            del record["contenders"][name]
+            content["longest_seconds"] = max(content.get("longest_seconds", 0), 2 * RESERVE_SECONDS)
+    write_json(file, content)
+
+
+def supervise(command: Sequence[str], seconds: float, folder: Path) -> int:
+    """Run the command with `--seconds` that are left, anew whenever its process is lost, and return its exit status.
+
+    The command writes its results into `folder`.
+    """
     deadline = time.monotonic() + seconds
     while (rest := deadline - time.monotonic()) > RESERVE_SECONDS:
+        before = {file: marks(file) for file in folder.glob("*.json")}
         try:
             status = subprocess.run([*command, "--seconds", str(rest)], timeout=rest + GRACE_SECONDS).returncode
         except subprocess.TimeoutExpired:
+            for file in folder.glob("*.json"):
+                forgive(file, before.get(file, set()))
             print("The process hung and was ended. Run it again, and it goes on from here.")
             return NOT_FINISHED
         if status in (0, 1, 2, NOT_FINISHED):  # 1 and 2: Python's own, which would come again
@@ -135,7 +162,7 @@ def main() -> int:
     if arguments.worker:
         return work(arguments.results, arguments.only, arguments.seconds)
     rest = ["--worker", "--results", str(arguments.results), "--only", arguments.only]
-    return supervise([sys.executable, "-m", "benchmarks.gpu", *rest], arguments.seconds)
+    return supervise([sys.executable, "-m", "benchmarks.gpu", *rest], arguments.seconds, arguments.results)
 
 
 if __name__ == "__main__":

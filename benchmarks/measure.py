@@ -3,8 +3,9 @@
 GPU time is the time between two CUDA events. Before the first event the GPU is given idle work for longer than the host
 needs to queue the calls, so that the time between the events is the GPU's alone; a sample for which that failed (the
 call waits for the device, say) is counted as host-bound. Calls of a few microseconds are queued several times between
-the events. Contenders take turns, and each call goes to the next copy of the inputs: all copies together are four times
-the L2 cache, so that no call finds its inputs there. On a CPU the same turns are taken with `time.perf_counter`.
+the events. Contenders take turns, and each call goes to the next copy of the inputs: all copies together are at least
+four times the L2 cache, so that no call finds its inputs there. On a CPU the same turns are taken with
+`time.perf_counter`.
 """
 
 import math
@@ -202,6 +203,10 @@ def ceilings(device: torch.device, copied_bytes: int = 2**30, matrix: int = 8192
 
 def l2_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
+def free_bytes(device: torch.device) -> float:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 def synchronize(device: torch.device) -> None:

@@ -56,7 +56,7 @@ def best_peer(record: Record) -> float:
 
 
 def share_of_copy(record: Record) -> float:
-    return record["bytes"] / (result(record, "ours") * 1e-6) / record["copy_bytes_per_second"]
+    return record["bytes"] / (result(record, "ours") * 1e-6) / record["ceilings"]["bytes_per_second"]
 
 
 def group(name: str, part: str = "") -> Callable[[str, Record], bool]:
@@ -105,7 +105,11 @@ LINES = [
     ),
     Line(
         "projector + gate + injection vs eager + concatenating",
-        group("chain"), best_of_ours("eager + concatenating"), 1.6, 1.8,
+        group("chain forward"), best_of_ours("eager + concatenating"), 1.6, 1.8,
+    ),
+    Line(
+        "the same, forward + backward",
+        group("chain forward + backward"), best_of_ours("eager + concatenating"),
     ),
     Line(
         "decode, cache >= 250 MB: share of copy bandwidth",
@@ -156,12 +160,11 @@ def standing(line: Line, cases: Mapping[str, Record]) -> Standing:
 
 
 def finished(results: Mapping[str, Any]) -> dict[str, Record]:
-    """The cases that are through, each with what the lines need of the ceilings."""
-    copy = results.get("ceilings", {}).get("bytes_per_second", math.nan)
+    """The cases that are through, with the code that the file was last written by."""
     return {
-        name: {**record, "copy_bytes_per_second": copy}
+        name: record
         for name, record in results["cases"].items()
-        if record.get("finished")
+        if record.get("finished") and record["code"] == results["code"]
     }
 
 
@@ -182,6 +185,8 @@ def describe(name: str, record: Record) -> str:
     """A case: median GPU time, quartiles, share of the ceiling and error of each contender."""
     lines = [f"{name} · {record['bytes'] / 1e6:.1f} MB, {record['flops'] / 1e9:.1f} GFLOP"]
     lines += [f"  {kind}: {record[kind]}" for kind in ("failed", "skipped") if kind in record]
+    if record.get("copies") == 1:
+        lines.append("  memory had room for one copy of the inputs: parts of it may be read from the L2 cache")
     for contender, found in record["contenders"].items():
         if "us" not in found:
             lines.append(f"  {contender:<32}" + "; ".join(f"{kind}: {why}" for kind, why in found.items()))

@@ -49,11 +49,12 @@ def versions() -> dict[str, str]:
 
 
 def commit(root: Path = ROOT) -> str:
-    """The commit's name, with a plus sign if files differ from it; "unknown" outside a repository."""
+    """The commit's name, with a plus sign if files but results differ from it; "unknown" outside a repository."""
     git = ["git", "-C", str(root)]
+    status = [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"]
     try:
         name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name + ("+" if changed.strip() else "")
@@ -69,6 +70,7 @@ class Results:
         if self.path.exists():
             self.content = json.loads(self.path.read_text(encoding="utf-8"))
         self.content |= {"device": device_name, "capability": capability, "versions": versions(), "commit": commit()}
+        self.content["code"] = self.code
 
     def save(self) -> None:
         write_json(self.path, self.content)

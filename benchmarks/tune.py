@@ -1,9 +1,11 @@
 """`python -m benchmarks.tune OP --seconds N`: candidates for the rows of a tile table, timed on this GPU.
 
 For each shape the table's own row is timed beside candidates that differ from it in some fields, eight at a time in
-turns, in an order drawn at random, until the shape's share of the seconds is over. A candidate that gives a wrong
-answer, spills past what the compiler takes or needs too much shared memory drops out as such. Printed is the best row
-of each shape, ready for the table, and how much faster it was; a row that wins by less than its quartiles is no winner.
+turns, in an order drawn at random, until the shape's share of the seconds, equal for all that are left, is over.
+Candidates that could not fit a multiprocessor's shared memory or registers, or would leave most of it idle, are not
+tried; one that gives a wrong answer or that the compiler refuses drops out. Printed is the best row of each shape,
+ready for the table, how much faster it was, and how many of the candidates there was time for; a row that wins by less
+than its quartiles is no winner.
 
 The kernels know nothing of this: a launcher asks its module's table function for a tile, and here that function is
 replaced for the length of a call.
@@ -12,6 +14,7 @@ replaced for the length of a call.
 import argparse
 import dataclasses
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +26,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from aligngpt_kernels.dispatch import Chip, chip
 from torch import Tensor
 
 from benchmarks import bench_decode, bench_loss, need_gpu
@@ -31,6 +35,7 @@ from benchmarks.measure import Outputs, Run
 from benchmarks.shapes import FEATURES, HEADS, KV_HEADS_GQA, LOSS_ROWS, SUPERVISED, VOCABULARY, VOCABULARY_LLAMA3, WIDTH
 
 AT_A_TIME = 8
+REGISTERS, OWN_REGISTERS = 65536, 40  # of a multiprocessor; of a thread for all but its sums
 
 
 class Table(NamedTuple):
@@ -40,26 +45,27 @@ class Table(NamedTuple):
     function: str
     fields: Mapping[str, Sequence[Any]]  # of the tile; with "" of a table whose answer is one number
     cases: Callable[[], list[Case]]
+    fits: Callable[..., bool] = lambda tile, chip, *args: True  # whether to try a tile where the table got `args`
 
     @contextmanager
     def giving(self, tile: Any) -> Iterator[None]:
         with mock.patch.object(self.module, self.function, return_value=tile):
             yield
 
-    def row(self, run: Run) -> Any:
-        """What the table says in a call of `run`."""
+    def row(self, run: Run) -> tuple[Any, tuple[Any, ...]]:
+        """What the table says in a call of `run`, and what it was asked."""
         table, said = getattr(self.module, self.function), []
 
-        def listen(*args: Any, **kwargs: Any) -> Any:
-            said.append(table(*args, **kwargs))
-            return said[-1]
+        def listen(*args: Any) -> Any:
+            said.append((table(*args), args))
+            return said[-1][0]
 
         with mock.patch.object(self.module, self.function, side_effect=listen):
             run()
         return said[0]
 
-    def candidates(self, row: Any) -> list[Any]:
-        """All combinations of the fields, without the row itself, in an order that is the same in every run."""
+    def candidates(self, row: Any, chip: Chip, args: Sequence[Any]) -> list[Any]:
+        """The combinations of the fields that fit, without the row itself, in the same order in every run."""
         if "" in self.fields:
             found = list(self.fields[""])
         else:
@@ -69,7 +75,7 @@ class Table(NamedTuple):
                 for values in itertools.product(*self.fields.values())
             ]
         random.Random(0).shuffle(found)
-        return [tile for tile in found if tile != row]
+        return [tile for tile in found if tile != row and self.fits(tile, chip, *args)]
 
 
 def with_tile(table: Table, tile: Any, contender: Contender) -> Contender:
@@ -85,12 +91,18 @@ def with_tile(table: Table, tile: Any, contender: Contender) -> Contender:
     return contender._replace(prepare=prepare)
 
 
-def tune(table: Table, case: Case, device: torch.device, seconds: float) -> list[tuple[float, Any]]:
-    """(microseconds, tile) of the table's row, then of the best, both from the last round they shared."""
+class Tuned(NamedTuple):
+    timed: list[tuple[float, Any]]  # (microseconds, tile) of the table's row, then of the best, from their last round
+    tried: int
+    candidates: int
+
+
+def tune(table: Table, case: Case, device: torch.device, seconds: float) -> Tuned:
     deadline = time.monotonic() + seconds
     ours = case.contenders["ours"]
-    row = table.row(ours.prepare(case.make(device)))
-    best, left, times = row, table.candidates(row), {}
+    row, args = table.row(ours.prepare(case.make(device)))
+    candidates = table.candidates(row, chip(device), args)
+    best, left, times = row, candidates, {}
     while left and time.monotonic() < deadline:
         tiles = [*dict.fromkeys([row, best, *left[:AT_A_TIME]])]
         left = left[AT_A_TIME:]
@@ -101,7 +113,8 @@ def tune(table: Table, case: Case, device: torch.device, seconds: float) -> list
         if row not in times:
             raise SystemExit(f"{case.name}: the table's own row {row} gives {results['ours 0']}")
         best = min(times, key=lambda tile: times[tile])
-    return [(times[tile], tile) for tile in (row, best) if times]
+    timed = [(times[tile], tile) for tile in (row, best) if times]
+    return Tuned(timed, len(candidates) - len(left), len(candidates))
 
 
 def written(tile: Any) -> str:
@@ -196,6 +209,57 @@ def loss_cases() -> list[Case]:
     return [bench_loss.case(v, trained=trained) for v in (VOCABULARY, VOCABULARY_LLAMA3) for trained in (True, False)]
 
 
+def resident(threads: int, sums: float, shared_bytes: int, chip: Chip) -> int:
+    """How many programs fit on a multiprocessor, each thread with so many float32 sums."""
+    if sums + OWN_REGISTERS > 255:
+        return 0
+    return int(min(chip.shared_bytes // shared_bytes, REGISTERS // (threads * (sums + OWN_REGISTERS))))
+
+
+def gemm_fits(
+    tile: Any, chip: Chip, m: int, n: int, k: int, dtype: torch.dtype, precision: str, epilogue: str, here: Chip
+) -> bool:
+    from aligngpt_kernels.gemm import splits
+
+    threads, area = 32 * tile.num_warps, tile.block_m * tile.block_n
+    # Asynchronous products need one buffer more, but not those of small tiles.
+    shared = (tile.num_stages - 1) * (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize
+    tiles = math.ceil(m / tile.block_m) * math.ceil(n / tile.block_n)
+    return (
+        tile.split_k in splits(tile, k, chip)
+        and (tile.split_k == 1 or tiles < 4 * chip.multiprocessors)  # beyond, it only adds sums to write
+        and tiles * tile.split_k >= chip.multiprocessors / 4
+        and min(m, 256) <= 4 * tile.block_m  # smaller ones read b too often
+        and tile.block_m <= max(16, 2 * m)
+        and tile.num_stages * tile.block_k >= 128
+        and area / threads >= 8
+        and (tile.subtiles == 4) == (area > 32 * 64)
+        and tile.resident <= resident(threads, area / threads, shared, chip) <= 2 * tile.resident
+    )
+
+
+def weight_grad_fits(tile: Any, chip: Chip, dtype: torch.dtype, precision: str) -> bool:
+    threads = 32 * tile.num_warps
+    shared = tile.num_stages * (tile.block_n + tile.block_k) * tile.block_m * dtype.itemsize
+    return resident(threads, tile.block_n * tile.block_k / threads, shared, chip) >= 1
+
+
+def decode_fits(tile: Any, chip: Chip, heads_per_kv: int, head_dim: int, element_bytes: int, here: Chip) -> bool:
+    threads, programs = 32 * tile.num_warps, tile.programs_per_multiprocessor
+    shared = (tile.num_stages - 1) * 2 * tile.block_n * tile.block_d * element_bytes
+    block = tile.block_n * tile.block_d / threads  # numbers of keys, and as many of values, that a thread holds
+    return (
+        (not tile.dot or tile.block_n >= 16)
+        and 8 <= block <= 64
+        and threads * programs >= 256
+        and programs <= resident(threads, tile.block_h * tile.block_d / threads + block, shared, chip)
+    )
+
+
+def row_fits(tile: Any, chip: Chip, vocabulary: int) -> bool:
+    return 8 <= tile.block_v / (32 * tile.num_warps) <= 64
+
+
 def tables() -> dict[str, Table]:
     gemm, decode, loss = (import_module(f"aligngpt_kernels.{name}") for name in ("gemm", "decode", "cross_entropy"))
     products = {
@@ -208,7 +272,13 @@ def tables() -> dict[str, Table]:
         "resident": [1, 2, 3],
         "split_k": [1, 2, 4, 8],
     }
-    grads = {"block_n": [64, 128, 256], "block_k": [64, 128, 256], "block_m": [32, 64], "num_warps": [4, 8]}
+    grads = {
+        "block_n": [64, 128, 256],
+        "block_k": [64, 128, 256],
+        "block_m": [32, 64],
+        "num_warps": [4, 8],
+        "num_stages": [2, 3, 4],
+    }
     keys = {
         "block_n": [16, 32, 64, 128],
         "num_stages": [2, 3, 4],
@@ -217,10 +287,10 @@ def tables() -> dict[str, Table]:
     }
     rows = {"block_v": [1024, 2048, 4096, 8192, 16384], "num_warps": [2, 4, 8, 16]}
     return {
-        "projector": Table(gemm, "gemm_tile", products, product_cases),
-        "weight_grad": Table(gemm, "weight_grad_tile", {**grads, "num_stages": [2, 3, 4]}, weight_grad_cases),
-        "decode": Table(decode, "decode_tile", keys, decode_cases),
-        "loss": Table(loss, "row_tile", rows, loss_cases),
+        "projector": Table(gemm, "gemm_tile", products, product_cases, gemm_fits),
+        "weight_grad": Table(gemm, "weight_grad_tile", grads, weight_grad_cases, weight_grad_fits),
+        "decode": Table(decode, "decode_tile", keys, decode_cases, decode_fits),
+        "loss": Table(loss, "row_tile", rows, loss_cases, row_fits),
         "loss_chunk": Table(loss, "chunk_rows", {"": [256, 512, 1024, 1280, 2560]}, loss_cases),
     }
 
@@ -240,11 +310,13 @@ def main() -> None:
     for number, case in enumerate(cases):
         share = (deadline - time.monotonic()) / (len(cases) - number)
         found = tune(table, case, device, share)
-        if not found:
-            print(f"{case.name}: no time for a candidate")
+        tried = f"{found.tried} of {found.candidates} candidates tried"
+        if not found.timed:
+            print(f"{case.name}: no time; {tried}", flush=True)
             continue
-        (row_us, row), (best_us, best) = found
+        (row_us, row), (best_us, best) = found.timed
         print(f"{case.name}: {written(best)}  {best_us:.1f} µs, the table's {written(row)} {row_us:.1f} µs", flush=True)
+        print(f"  {tried}", flush=True)
 
 
 if __name__ == "__main__":

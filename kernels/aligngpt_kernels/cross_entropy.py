@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import (
     Impl,
+    as_autocast,
     check_devices,
     check_floats,
     check_ints,
@@ -69,16 +70,18 @@ def linear_cross_entropy_reference(
     return loss, each.detach()
 
 
-LOGITS_BYTES = 160_000_000  # 2,500 rows of 32,000 words in 16 bits
+LOGITS_BYTES = 163_840_000  # 2,560 rows of 32,000 words in 16 bits
 
 
 def chunk_rows(num_rows: int, vocabulary: int, width: int, element_bytes: int) -> int:
     """Rows whose logits are held at once: chunks of about equal size, as few as the limit on the logits allows.
 
     The limit is LOGITS_BYTES, or half of the weight where that is more: every chunk after the first reads and writes
-    the weight's float32 gradient, which only pays with about a thousand rows to add to it.
+    the weight's float32 gradient, which only pays with about a thousand rows to add to it. Chunks start at multiples of
+    128, so that what belongs to a chunk is aligned as the whole is.
     """
     limit = max(1, max(LOGITS_BYTES // element_bytes, vocabulary * width // 2) // max(vocabulary, 1))
+    limit = limit // 128 * 128 or limit
     chunks = max(1, (num_rows + limit - 1) // limit)
     equal = (num_rows + chunks - 1) // chunks
     return max(1, min(limit, (equal + 127) // 128 * 128))
@@ -417,6 +420,7 @@ def linear_cross_entropy(
     for shapes, dtypes or devices that differ, an unknown reduction, or a DTensor; KernelUnavailable for
     `impl="triton"` where Triton cannot run.
     """
+    hidden, weight = as_autocast(hidden, weight)
     check_floats("linear_cross_entropy", hidden=hidden, weight=weight)
     check_ints("linear_cross_entropy", labels=labels)
     check_shape("hidden", hidden, ("R", "D"))
@@ -442,9 +446,6 @@ def linear_cross_entropy(
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
-    if torch.is_autocast_enabled(hidden.device.type):  # what F.linear does
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
     if rows is not None:
         labels = labels.index_select(0, rows)
     options = ignore_index, float(label_smoothing)

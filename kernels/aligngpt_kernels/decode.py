@@ -342,7 +342,8 @@ def _decode_kernel(
 
 
 _counters_of_stream: dict[tuple[torch.device, int], Tensor] = {}
-_counters_for_graphs: dict[torch.device, Tensor] = {}
+_counters_for_graphs: dict[torch.device, Tensor] = {}  # what no graph has taken yet
+_pools_of_counters: list[Tensor] = []  # graphs do not hold on to what they use, so these are never freed; 2 MB each
 
 
 def _counters(device: torch.device, count: int, fresh: bool) -> Tensor:
@@ -364,6 +365,7 @@ def _counters(device: torch.device, count: int, fresh: bool) -> Tensor:
     spare = _counters_for_graphs.get(device)
     if spare is None or spare.shape[0] < 2**17:
         _counters_for_graphs[device] = torch.zeros(2**19, dtype=torch.int32, device=device)
+        _pools_of_counters.append(_counters_for_graphs[device])
     key = device, torch.cuda.current_stream(device).cuda_stream
     counters = _counters_of_stream.get(key)
     if counters is None or counters.shape[0] < count:

@@ -103,6 +103,8 @@ def why_not_triton(op: str, device: torch.device, dtype: torch.dtype | None = No
     """None if Triton can run `op` on `device`, else the reason as a sentence."""
     if triton.__version__ is None:
         return "the package triton is not installed"
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm, and the kernels are laid out for NVIDIA's GPUs"
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"its inputs are on {device}, and Triton kernels run on CUDA devices"
     if device.type == "cuda" and INTERPRETED:
@@ -129,6 +131,11 @@ def why_not_auto(op: str, device: torch.device, bucket: str = "") -> str | None:
 def measured_ratio(op: str, device: torch.device, bucket: str = "") -> float | None:
     """Speed of the op's kernels on this kind of GPU, divided by that of what they replace; None: not measured."""
     return _measured().get(f"sm_{chip(device).capability}", {}).get(f"{op} {bucket}".strip())
+
+
+def measured_dtype(dtype: torch.dtype) -> str:
+    """What a product was measured in, as part of a bucket: nothing for the 16-bit dtypes, which cost alike."""
+    return "float32" if dtype == torch.float32 else ""
 
 
 @functools.cache
@@ -218,6 +225,15 @@ def _is_traced(argument: Any) -> bool:
 
 def _needs_grad(argument: Any) -> bool:
     return isinstance(argument, Tensor) and argument.requires_grad
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """`tensors` in the dtype that `F.linear` would give them where autocast is on."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
 def check_devices(op: str, **tensors: Tensor) -> None:

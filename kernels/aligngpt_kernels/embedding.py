@@ -346,14 +346,14 @@ def text_mean(
     check_ints("text_mean", token_ids=token_ids)
     check_floats("text_mean", embed_weight=embed_weight)
     check_shape("embed_weight", embed_weight, ("V", "D"))
-    check_plan(token_ids, plan)
+    check_plan("text_mean", token_ids, plan)
     if gate_mask is not None:
         check_plain("text_mean", gate_mask=gate_mask)
         check_shape("gate_mask", gate_mask, token_ids.shape)
         if gate_mask.dtype != torch.bool:
             raise ValueError(f"gate_mask is {gate_mask.dtype}; text_mean needs torch.bool")
     mask = {} if gate_mask is None else {"gate_mask": gate_mask}
-    check_devices("text_mean", token_ids=token_ids, embed_weight=embed_weight, plan=plan.source, **mask)
+    check_devices("text_mean", token_ids=token_ids, embed_weight=embed_weight, **mask)
     if use_triton("text_mean", impl, embed_weight.device, embed_weight.dtype):
         flat_mask = None if gate_mask is None else gate_mask.flatten()
         num_samples = plan.align_place.shape[0]

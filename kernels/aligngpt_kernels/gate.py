@@ -655,7 +655,8 @@ def _align_gate_outputs(
     mode: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unwritten: H, weights, dots (S, P), W1 dots + b1 (S, hidden); the last two empty where the mode has no dots."""
-    num_samples, num_with_dots = text_mean.shape[0], text_mean.shape[0] * _needs_dots(mode)
+    num_samples = text_mean.shape[0]
+    num_with_dots = num_samples if _needs_dots(mode) else 0
     return (
         table.new_empty(num_samples, table.shape[1]),
         table.new_empty(num_samples, table.shape[0] - 1, dtype=torch.float32),

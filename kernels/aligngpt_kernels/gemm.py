@@ -48,8 +48,8 @@ def load_tile(
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of a `tl.dot`; PyTorch's own switch opts float32 in to tf32."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """`input_precision` of a `tl.dot`; PyTorch's own switches, old or new, opt float32 in to tf32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def rows_first(matrix: Tensor) -> Tensor:
@@ -447,7 +447,9 @@ def gemm(
     b_is_kn = epilogue == "dgelu"
     num_n = b.shape[1 if b_is_kn else 0]
     precision, here = dot_precision(a.dtype), chip(a.device)
-    tile = gemm_tile(num_rows, num_n, num_k, a.dtype, precision, epilogue, here)
+    step = 16 if num_rows <= 1152 else 128  # a choice for every M would be made anew in every ragged batch
+    rounded = triton.cdiv(num_rows, step) * step
+    tile = gemm_tile(rounded, num_n, num_k, a.dtype, precision, epilogue, here)
     tiles_m, tiles_n = triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_n, tile.block_n)
     columns = tile.block_n // tile.subtiles
     results = []

@@ -20,13 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import (
-    Chip,
     Impl,
     check_devices,
     check_floats,
     check_ints,
     check_shape,
-    chip,
     launch_options,
     register,
     tl,
@@ -77,7 +75,7 @@ class _Inject(torch.autograd.Function):
             rows = _overlay(rows, align_rows[:num_samples], -2 - plan.source)
             rows = _overlay(rows, image_rows[:num_image_rows], plan.source)
             missing = (plan.source >= num_image_rows) | (plan.source < -1 - num_samples)
-            return rows.masked_fill_(missing[:, None], torch.nan)
+            return rows.masked_fill(missing[:, None], torch.nan)
 
         at = non_image_positions(plan)
         out = embed_weight.new_empty(ids.shape[0], embed_weight.shape[1])
@@ -86,7 +84,8 @@ class _Inject(torch.autograd.Function):
         align_place = torch.where(plan.align_place < 0, plan.image_place[:1], plan.align_place)
         _write(out, align_place, align_rows[:num_samples])
         _write(out, plan.image_place, image_rows[:num_image_rows])
-        return out
+        # torch 2.11 compiles a Function whose result was written in place into one without a gradient.
+        return out.clone() if torch.compiler.is_compiling() else out
 
     @staticmethod
     @once_differentiable
@@ -147,7 +146,7 @@ class InjectTile(NamedTuple):
     num_warps: int
 
 
-def inject_tile(width: int, element_bytes: int, chip: Chip) -> InjectTile:
+def inject_tile(width: int, element_bytes: int) -> InjectTile:
     """A row in as few programs as keep every thread at 64 bytes or less: four 16-byte moves in flight, no spill."""
     block_d = min(triton.next_power_of_2(max(width, 1)), 8192 // element_bytes)
     return InjectTile(block_d, num_warps=max(1, block_d * element_bytes // (32 * 64)))
@@ -260,7 +259,7 @@ def write_rows(
     if num_tokens == 0 or width == 0:
         return
     num_image_rows = image_place.shape[0]
-    tile = inject_tile(width, out.element_size(), chip(out.device))
+    tile = inject_tile(width, out.element_size())
     _inject_kernel[num_tokens, triton.cdiv(width, tile.block_d)](
         ids.contiguous(),
         source.contiguous(),
@@ -302,7 +301,7 @@ def launch_inject_backward(
     image_rows, align_rows = image_rows * needs[1], align_rows * needs[2]
     grad_image, grad_align = grad.new_empty(image_rows, width), grad.new_empty(align_rows, width)
     if (image_rows or align_rows) and width:
-        tile = inject_tile(width, grad.element_size(), chip(grad.device))
+        tile = inject_tile(width, grad.element_size())
         _take_rows_kernel[image_rows + align_rows, triton.cdiv(width, tile.block_d)](
             grad,
             image_place.contiguous(),
@@ -384,14 +383,13 @@ def inject(
     check_shape("embed_weight", embed_weight, ("V", "D"))
     check_shape("image_rows", image_rows, ("images", "rows", embed_weight.shape[1]))
     check_shape("align_rows", align_rows, ("samples", embed_weight.shape[1]))
-    check_plan(token_ids, plan)
+    check_plan("inject", token_ids, plan)
     check_devices(
         "inject",
         token_ids=token_ids,
         embed_weight=embed_weight,
         image_rows=image_rows,
         align_rows=align_rows,
-        plan=plan.source,
     )
     if use_triton("inject", impl, embed_weight.device, embed_weight.dtype):
         indices = plan.source, plan.image_place, plan.align_place

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import check_ints, check_shape
+from .dispatch import check_devices, check_ints, check_shape
 
 NO_ALIGN_ROW = torch.iinfo(torch.int32).min  # source of an <align> that no sample owns: reads as a missing row
 
@@ -67,6 +67,7 @@ def injection_plan(
         check_ints("injection_plan", cu_seqlens=cu_seqlens)
         check_shape("cu_seqlens", cu_seqlens, ("sequences + 1",))
         check_shape("token_ids with cu_seqlens", token_ids, ("tokens",))
+        check_devices("injection_plan", token_ids=token_ids, cu_seqlens=cu_seqlens)
 
     ids = token_ids.flatten()
     is_image, is_align = ids == image_token_id, ids == align_token_id
@@ -121,7 +122,9 @@ def non_image_positions(plan: InjectionPlan) -> Tensor:  # (T - R,) int64, or (T
     return positions(plan.source < 0, num_tokens - plan.image_place.shape[0])
 
 
-def check_plan(token_ids: Tensor, plan: InjectionPlan) -> None:
-    """The ids an op is given must be as many as the plan was made from."""
+def check_plan(op: str, token_ids: Tensor, plan: InjectionPlan) -> None:
+    """The ids an op is given must be as many as the plan was made from, on its device."""
+    indices = {f"plan.{name}": tensor for name, tensor in zip(plan._fields[:4], plan[:4], strict=True)}
+    check_devices(op, token_ids=token_ids, **indices)
     if token_ids.numel() != plan.source.shape[0]:
         raise ValueError(f"token_ids has {token_ids.numel()} tokens; the plan was made for {plan.source.shape[0]}")

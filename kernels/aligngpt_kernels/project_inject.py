@@ -20,8 +20,8 @@ from .dispatch import (
     check_floats,
     check_ints,
     check_shape,
-    chip,
     launch_options,
+    measured_dtype,
     register,
     tl,
     triton,
@@ -245,7 +245,7 @@ def _launch_project_backward(
     if any(for_projector) or for_mean:
         rows = grad.new_empty(x.shape[0], width)
         if rows.numel() and any(for_projector):
-            tile = inject_tile(width, 4, chip(grad.device))
+            tile = inject_tile(width, 4)
             _projected_grad_kernel[x.shape[0], triton.cdiv(width, tile.block_d)](
                 grad,
                 image_place.contiguous(),
@@ -365,7 +365,6 @@ def project_and_inject(
     check_shape("b2", b2, (w2.shape[0],))
     check_shape("embed_weight", embed_weight, ("V", w2.shape[0]))
     check_shape("text_mean", text_mean, (plan.align_place.shape[0], w2.shape[0]))
-    check_plan(token_ids, plan)
     check_devices(
         "project_and_inject",
         features=features,
@@ -376,9 +375,10 @@ def project_and_inject(
         token_ids=token_ids,
         embed_weight=embed_weight,
         text_mean=text_mean,
-        plan=plan.source,
     )
-    if not use_triton("project_and_inject", impl, features.device, features.dtype):
+    check_plan("project_and_inject", token_ids, plan)
+    bucket = measured_dtype(features.dtype)
+    if not use_triton("project_and_inject", impl, features.device, features.dtype, bucket=bucket):
         projector = features, w1, b1, w2, b2
         return _by_parts(*projector, token_ids, embed_weight, text_mean, plan, embed_scale, impl)
     num_images, rows_per_image = features.shape[:2]

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .dispatch import Impl, check_devices, check_floats, check_shape, register, use_triton
+from .dispatch import Impl, as_autocast, check_devices, check_floats, check_shape, measured_dtype, register, use_triton
 from .gemm import gemm, weight_grad
 
 SECOND_BY_CUBLAS_FROM = 0  # rows; fewer go to `gemm`, whose split of K fills the chip. Not measured yet: all to cuBLAS
@@ -40,14 +40,6 @@ def fused_projector_reference(
 
 def _two_layers(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
-
-
-def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """`tensors` in the dtype that `F.linear` would give them where autocast is on."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
-        return tensors
-    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
 
 
 def first_layer(x: Tensor, w1: Tensor, b1: Tensor, keep: bool) -> list[Tensor]:  # (M, in_dim)
@@ -162,18 +154,18 @@ def fused_projector(
     Raises ValueError for dtypes or devices that differ, shapes that do not chain, or a DTensor; KernelUnavailable for
     `impl="triton"` where Triton cannot run.
     """
+    x, w1, b1, w2, b2 = as_autocast(x, w1, b1, w2, b2)
     check_floats("fused_projector", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     check_shape("w1", w1, ("hidden", x.shape[-1]))
     check_shape("b1", b1, (w1.shape[0],))
     check_shape("w2", w2, ("D", w1.shape[0]))
     check_shape("b2", b2, (w2.shape[0],))
     check_devices("fused_projector", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
-    arguments = as_autocast(x, w1, b1, w2, b2)
     rows = x.shape[:-1]
-    bucket = "M<=1152" if rows.numel() <= 1152 else "M>1152"
-    if use_triton("fused_projector", impl, x.device, arguments[0].dtype, bucket=bucket):
-        x, *weights = arguments
+    bucket = f"M{'<=' if rows.numel() <= 1152 else '>'}1152 {measured_dtype(x.dtype)}".strip()
+    if use_triton("fused_projector", impl, x.device, x.dtype, bucket=bucket):
+        arguments = x.reshape(rows.numel(), x.shape[-1]), w1, b1, w2, b2
         trained = torch.is_grad_enabled() and any(t.requires_grad for t in arguments)
-        out, _ = _projector(x.reshape(rows.numel(), x.shape[-1]), *weights, trained and not recompute)
+        out, _ = _projector(*arguments, trained and not recompute)
         return out.view(*rows, w2.shape[0])
     return fused_projector_reference(x, w1, b1, w2, b2, recompute=recompute)

@@ -15,12 +15,12 @@ import torch
 from aligngpt_kernels.__main__ import OPS
 from torch import Tensor
 
+from benchmarks import bench_loss, dispatch, gpu, measure, report
 from benchmarks import case as case_module
-from benchmarks import dispatch, gpu, measure, report
 from benchmarks.case import ENDED, Absent, Case, Contender, DeviceLost, run_case, simple
 from benchmarks.gpu import all_cases, run_cases, supervise
 from benchmarks.measure import Ceilings, compare, take_turns
-from benchmarks.results import Results, code_hash, write_json
+from benchmarks.results import Results, code_hash, commit, write_json
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(1e9, 1e9)
@@ -128,7 +128,7 @@ def test_an_interruption_is_nobodys_failure():
     assert "peer" not in results
 
 
-def test_a_lost_device_ends_the_run_after_naming_the_cause(monkeypatch):
+def test_a_lost_device_ends_the_run_after_naming_the_cause(monkeypatch, tmp_path):
     def gone(device: torch.device) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
@@ -137,9 +137,20 @@ def test_a_lost_device_ends_the_run_after_naming_the_cause(monkeypatch):
         raise RuntimeError("an illegal memory access was encountered")
 
     results: dict[str, Any] = {}
+    file, case = tmp_path / "x.json", make_case(contenders={"peer": simple(illegal)})
     with pytest.raises(DeviceLost, match="peer"):
-        run_case(make_case(contenders={"peer": simple(illegal)}), CPU, None, results, seconds=0)
-    assert results["peer"]["failed"] == "RuntimeError: an illegal memory access was encountered"
+        run_case(case, CPU, None, results, lambda: write_json(file, results), 0)
+    saved = json.loads(file.read_text())
+    assert saved["peer"]["failed"] == "RuntimeError: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize("missing", [(bench_loss.F, "linear_cross_entropy"), (torch.nn, "LinearCrossEntropyOptions")])
+def test_a_torch_without_the_loss_or_its_options_is_absent(monkeypatch, missing: tuple[Any, str]):
+    monkeypatch.setattr(bench_loss.F, "linear_cross_entropy", None, raising=False)
+    monkeypatch.delattr(*missing, raising=False)
+    (case,) = (case for case in bench_loss.small_cases() if "frozen" in case.name)
+    with pytest.raises(Absent, match="linear_cross_entropy"):
+        case.contenders["torch linear_cross_entropy"].prepare(case.make(CPU))()
 
 
 @pytest.mark.parametrize(
@@ -264,7 +275,10 @@ def test_enough_copies_to_leave_the_cache(monkeypatch):
     assert make_case().copies(CPU) == case_module.MAX_COPIES  # 40 bytes
     large = Case("large", lambda d: None, {}, lambda x: [], lambda x: [], bytes=90_000_000, flops=0)
     assert large.copies(CPU) == 3
-    assert Case("huge", lambda d: None, {}, lambda x: [], lambda x: [], bytes=10**9, flops=0).copies(CPU) == 1
+    huge = Case("huge", lambda d: None, {}, lambda x: [], lambda x: [], bytes=10**9, flops=0, input_bytes=10**9)
+    assert huge.copies(CPU) == 2  # the cache holds the end of one
+    monkeypatch.setattr(case_module, "free_bytes", lambda device: 2.3e9)
+    assert huge.copies(CPU) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ going on
@@ -301,6 +315,8 @@ def test_other_code_makes_a_case_stale(results):
     changed = results()
     changed.code = "other"
     assert changed.left([case]) == [case]
+    assert list(report.finished(changed.content)) == ["a case"]
+    assert report.finished(changed.content | {"code": "other"}) == {}
     assert changed.record(case)["contenders"] == {}
 
 
@@ -323,6 +339,37 @@ def test_it_stops_while_there_is_time_for_no_more_cases(results):
     cases = [make_case(name) for name in "ab"]
     assert run(cases, results(), seconds_left=gpu.RESERVE_SECONDS - 1) == 2
     assert not results().path.exists() or not results().content["cases"]
+
+
+def test_the_longest_case_is_remembered(results):
+    first = results()
+    first.content["longest_seconds"] = 150
+    first.save()
+    assert run([make_case()], results(), seconds_left=140) == 1
+    assert run([make_case()], results(), seconds_left=160) == 0
+    assert results().content["longest_seconds"] == 150
+
+
+def test_a_time_keeps_the_ceilings_it_was_taken_under(results):
+    first, second = make_case("a"), make_case("b")
+    run([first], results())
+    run_cases([first, second], results(), CPU, Ceilings(2e9, 2e9), time.monotonic() + 1000, seconds=0)
+    records = results().content["cases"]
+    assert [records[name]["ceilings"]["bytes_per_second"] for name in "ab"] == [1e9, 2e9]
+    assert records["a"]["copies"] == 1
+    assert "one copy of the inputs" in report.describe("a", records["a"])
+
+
+def test_results_do_not_make_the_tree_dirty(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    (tmp_path / "a.py").write_text("1")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    write_json(tmp_path / "benchmarks/results/gpu.json", {})
+    assert len(commit(tmp_path)) == 40
+    (tmp_path / "a.py").write_text("2")
+    assert commit(tmp_path).endswith("+")
+    assert commit(tmp_path / "a.py") == "unknown"
 
 
 def test_a_case_that_ended_a_run_goes_last(results):
@@ -373,16 +420,31 @@ number = len(runs.read_text().splitlines())
 if number == 1: os.kill(os.getpid(), signal.SIGSEGV)
 sys.exit({gpu.LOST} if number == 2 else {gpu.NOT_FINISHED})
 """
-    assert supervise([sys.executable, "-c", script], 100) == gpu.NOT_FINISHED
+    assert supervise([sys.executable, "-c", script], 100, tmp_path) == gpu.NOT_FINISHED
     seconds = [float(line) for line in (tmp_path / "runs").read_text().splitlines()]
     assert len(seconds) == 3
     assert 100 >= seconds[0] > seconds[1] > seconds[2]
 
 
-def test_a_process_that_hangs_is_ended(monkeypatch):
+def test_who_runs_when_the_time_is_over_gets_a_second_try(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "RESERVE_SECONDS", 0)
     monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.1)
-    assert supervise([sys.executable, "-c", "import time; time.sleep(60)"], 0.2) == gpu.NOT_FINISHED
+    file = tmp_path / "gpu.json"
+    ended = {"failed": ENDED}
+    write_json(file, {"cases": {"a": {"code": "x", "tries": 1, "contenders": {"crashed": ended}}}})
+    script = f"""
+import json, pathlib, time
+file = pathlib.Path({str(file)!r})
+content = json.loads(file.read_text())
+content["cases"]["a"]["contenders"]["slow"] = {ended!r}
+file.write_text(json.dumps(content))
+time.sleep(60)
+"""
+    left = []
+    for _ in range(2):
+        assert supervise([sys.executable, "-c", script], 2, tmp_path) == gpu.NOT_FINISHED
+        left.append(json.loads(file.read_text())["cases"]["a"]["contenders"])
+    assert left == [{"crashed": ended}, {"crashed": ended, "slow": ended}]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -403,13 +465,14 @@ def test_without_a_gpu_one_sentence_says_so(target: str):
 def record(group: str, microseconds: dict[str, float], **more: Any) -> dict[str, Any]:
     about = {"quartiles_us": [1, 3], "error_in_plain_errors": 1, "host_bound": 0}
     contenders = {name: {"us": us, **about} for name, us in microseconds.items()}
-    empty = {"group": group, "bytes": 1, "flops": 1, "finished": True, "dispatch": None}
+    empty = {"group": group, "bytes": 1, "flops": 1, "finished": True, "dispatch": None, "code": "now"}
+    empty["ceilings"] = {"bytes_per_second": 3e12}
     return {**empty, "contenders": contenders, **more}
 
 
 def stand(text: str, cases: dict[str, Any]) -> report.Standing:
     (line,) = (line for line in report.LINES if line.text == text)
-    content = {"ceilings": {"bytes_per_second": 3e12}, "cases": cases}
+    content = {"code": "now", "cases": cases}
     return report.standing(line, report.finished(content))
 
 
@@ -426,8 +489,10 @@ def test_a_requirement_is_held_to_its_worst_case():
     assert stand(text, cases).verdict == "aim met"
     cases["projector forward M=9216"]["contenders"]["ours"]["us"] = 106
     assert stand(text, cases).verdict == "not met"
-    cases["projector forward M=9216"]["finished"] = False
+    cases["projector forward M=9216"]["code"] = "before"
     assert stand(text, cases).value == 1.09
+    cases["projector forward M=4608"]["finished"] = False
+    assert stand(text, cases).verdict == "unmeasured"
 
 
 def test_what_is_missing_is_unmeasured_and_what_is_wrong_is_not_met():
@@ -465,12 +530,13 @@ def test_every_requirement_has_its_cases_and_contenders():
     records = {
         case.name: {
             "group": case.group, "bytes": case.bytes, "flops": case.flops, "finished": True, "dispatch": case.dispatch,
+            "code": "now", "ceilings": CEILINGS._asdict(),
             "contenders": {name: dict(numbers) for name in case.contenders},
         }
         for case in cases
     }  # fmt: skip
     assert len(records) == len(cases)
-    content = {"ceilings": CEILINGS._asdict(), "cases": records}
+    content = {"code": "now", "cases": records}
     for line in report.LINES:
         assert report.standing(line, report.finished(content)).value is not None, line.text
     text = report.summary(content)
@@ -485,7 +551,10 @@ def test_every_requirement_has_its_cases_and_contenders():
 
 
 def dispatched(ours: dict[str, Any], other: dict[str, Any], key: str = "inject") -> dict[str, Any]:
-    return record("x", {}, dispatch=[key, "ours", "reference"]) | {"contenders": {"ours": ours, "reference": other}}
+    contenders = {"ours": ours, "reference": other, "slower": {"us": 1e6}, "wrong": {"wrong": "result 0"}}
+    if "us" not in other:
+        del contenders["slower"]
+    return record("x", {}, dispatch=[key, "ours", ["slower", "reference", "wrong"]]) | {"contenders": contenders}
 
 
 def test_the_dispatch_table_holds_the_worst_ratio_rounded_down(tmp_path, monkeypatch, capsys):
@@ -496,13 +565,14 @@ def test_the_dispatch_table_holds_the_worst_ratio_rounded_down(tmp_path, monkeyp
         "ours is not there": dispatched({"absent": "no TMA"}, {"us": 1}),
         "wrong": dispatched({"wrong": "result 0"}, {"us": 1}, "flash_decode"),
         "unfinished": dispatched({"us": 1}, {"us": 0.1}) | {"finished": False},
+        "stale": dispatched({"us": 1}, {"us": 0.1}) | {"code": "before"},
     }
-    assert dispatch.ratios({"cases": cases}) == {"inject": 0.99, "flash_decode": 0.0}
+    assert dispatch.ratios({"code": "now", "cases": cases}) == {"inject": 0.99, "flash_decode": 0.0}
 
     measured = tmp_path / "measured.json"
     measured.write_text(json.dumps({"sm_90": {"inject": 2.0, "align_gate": 1.5}, "sm_80": {"inject": 3.0}}))
     for name, ours in (("h100", 50), ("h200", 40)):
-        content = {"capability": "sm_90", "cases": {"a": dispatched({"us": ours}, {"us": 100})}}
+        content = {"capability": "sm_90", "code": "now", "cases": {"a": dispatched({"us": ours}, {"us": 100})}}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     files = [str(tmp_path / f"{name}.json") for name in ("h100", "h200")]
     monkeypatch.setattr(sys, "argv", ["dispatch", *files, "--measured", str(measured)])

@@ -6,6 +6,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from aligngpt_kernels.cross_entropy import row_tile
+from aligngpt_kernels.decode import decode_tile
+from aligngpt_kernels.dispatch import A100, H100
+from aligngpt_kernels.gemm import gemm_tile, weight_grad_tile
 from torch import Tensor
 
 from benchmarks import tune
@@ -45,9 +49,12 @@ def make(fields: dict) -> tuple[tune.Table, Case]:
 def test_the_fastest_tile_that_is_right_wins():
     fields = {"tenths": [1, 2, 3, 4], "wrong": [True, False], "kind": ["plain", "too large"]}
     table, case = make(fields)
-    assert len(table.candidates(Tile(3))) == 15
-    assert table.candidates(Tile(3)) == table.candidates(Tile(3))
-    (row_us, row), (best_us, best) = tune.tune(table, case, CPU, 60)
+    candidates = table.candidates(Tile(3), A100, [4])
+    assert len(candidates) == 15
+    assert candidates == table.candidates(Tile(3), A100, [4])
+    found = tune.tune(table, case, CPU, 60)
+    (row_us, row), (best_us, best) = found.timed
+    assert (found.tried, found.candidates) == (15, 15)
     assert (row, best) == (Tile(3), Tile(1))
     assert row_us > 250
     assert best_us < row_us
@@ -56,7 +63,29 @@ def test_the_fastest_tile_that_is_right_wins():
 
 
 def test_without_time_there_is_no_answer():
-    assert tune.tune(*make({"tenths": [1]}), CPU, 0) == []
+    assert tune.tune(*make({"tenths": [1]}), CPU, 0) == ([], 0, 1)
+
+
+def test_what_cannot_fit_is_not_tried():
+    table, case = make({"tenths": [1, 2]})
+    table = table._replace(fits=lambda tile, chip, size: tile.tenths * size < 8 and chip == A100)
+    found = tune.tune(table, case, CPU, 60)
+    assert (found.timed[1][1], found.candidates) == (Tile(1), 1)
+
+
+@pytest.mark.parametrize("chip", [A100, H100], ids=["A100", "H100"])
+def test_the_tables_rows_fit_and_few_candidates_are_left(chip):
+    asked = [
+        *(("projector", gemm_tile, (m, 4096, k, torch.bfloat16, "ieee", "gelu", chip), 1000)
+          for m in (1, 16, 64, 576, 1152, 2304, 9216) for k in (1024, 4096)),
+        ("weight_grad", weight_grad_tile, (torch.bfloat16, "ieee"), 100),
+        *(("decode", decode_tile, (group, 128, 2, chip), 100) for group in (1, 4)),
+        *(("loss", row_tile, (v,), 20) for v in (32000, 128256)),
+    ]  # fmt: skip
+    for name, function, args, most in asked:
+        table, row = tune.tables()[name], function(*args)
+        assert table.fits(row, chip, *args), (row, args)
+        assert 5 < len(table.candidates(row, chip, args)) < most, args
 
 
 def test_a_table_whose_own_row_fails_is_a_fault_of_the_kernels():

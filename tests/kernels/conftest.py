@@ -6,11 +6,12 @@ Without a GPU `impl="triton"` runs in Triton's interpreter, on CPU tensors; with
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from aligngpt_kernels.dispatch import Impl
+from aligngpt_kernels.dispatch import A100, H100, Impl, assume_chip
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,22 +22,104 @@ TRITON_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda
 """bfloat16 only where there is a GPU: the interpreter's `tl.dot` returns garbage for it."""
 
 
+aten = torch.ops.aten
+
+
 class _NoSync(TorchDispatchMode):
-    FORBIDDEN = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+    """Operators whose result, or its size, the host reads back from a GPU; on a CPU they are called all the same."""
+
+    FORBIDDEN = (
+        aten._local_scalar_dense,
+        aten.equal,
+        aten.allclose,
+        aten.nonzero,
+        aten.masked_select,
+        aten.bincount,
+        aten._unique,
+        aten._unique2,
+        aten.unique_dim,
+        aten.unique_consecutive,
+        aten.unique_dim_consecutive,
+    )
+    INDEXING = (aten.index, aten._unsafe_index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+    BEYOND_DISPATCH = ("tolist", "cpu", "numpy", "__array__")  # methods that call no operator on a CPU tensor
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in self.FORBIDDEN, f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        packet = func.overloadpacket
+        waits = packet in self.FORBIDDEN
+        if packet in self.INDEXING:
+            waits = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        if func is aten.repeat_interleave.Tensor:
+            waits = kwargs.get("output_size") is None
+        assert not waits, f"{func} waits for the device"
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def refusal(method: str) -> Callable[..., None]:
+        def refuse(*_: Any, **__: Any) -> None:
+            raise AssertionError(f"{method} waits for the device")
+
+        return refuse
 
 
 @pytest.fixture
 def no_sync() -> Callable[[], AbstractContextManager[None]]:
+    """Nothing inside may wait for the device. On a GPU its runtime watches too."""
+
     @contextmanager
     def forbid() -> Iterator[None]:
-        with _NoSync():
-            yield
+        on_gpu = torch.cuda.is_available()
+        before = torch.cuda.get_sync_debug_mode() if on_gpu else 0
+        with pytest.MonkeyPatch.context() as patch, _NoSync():
+            for method in _NoSync.BEYOND_DISPATCH:
+                patch.setattr(Tensor, method, _NoSync.refusal(method))
+            try:
+                if on_gpu:
+                    torch.cuda.set_sync_debug_mode("error")
+                yield
+            finally:
+                if on_gpu:
+                    torch.cuda.set_sync_debug_mode(before)
 
     return forbid
+
+
+class _Launches(TorchDispatchMode):
+    FILLS = (aten.zeros, aten.zeros_like, aten.new_zeros, aten.zero_, aten.full, aten.new_full, aten.fill_)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in self.FILLS:
+            self.launched.append("fill")
+        return func(*args, **(kwargs or {}))
+
+
+class _Counted:
+    def __init__(self, name: str, kernel: Any, launched: list[str]) -> None:
+        self.name, self.kernel, self.launched = name, kernel, launched
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launched.append(self.name)
+        return self.kernel[grid]
+
+
+@pytest.fixture
+def count_launches() -> Callable[..., AbstractContextManager[list[str]]]:
+    """`with count_launches(*modules) as launched`: what these modules launch of their kernels, and fills by torch."""
+
+    @contextmanager
+    def count(*modules: ModuleType) -> Iterator[list[str]]:
+        with pytest.MonkeyPatch.context() as patch, _Launches() as mode:
+            for module in modules:
+                for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                    patch.setattr(module, name, _Counted(name, getattr(module, name), mode.launched))
+            yield mode.launched
+
+    return count
 
 
 @pytest.fixture
@@ -62,12 +145,35 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(
+    params=[None] if torch.cuda.is_available() else [A100, H100],
+    ids=lambda chip: f"sm_{chip.capability}" if chip else "this GPU",
+)
+def laid_out(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The layouts of this machine: its own on a GPU, by pointers and by tensor descriptors in the interpreter."""
+    if request.param is None:
+        yield
+    else:
+        with assume_chip(request.param):
+            yield
+
+
 @pytest.fixture
-def as_exact_as_torch(device: str) -> Callable[..., list[Tensor]]:
+def allowed_error() -> Callable[[Tensor, Tensor], Tensor]:
+    """Twice the error of plain torch, and half a unit in the last place of the largest number."""
+
+    def allowed(plain: Tensor, exact: Tensor) -> Tensor:
+        return 2 * (plain.double() - exact).abs().max() + torch.finfo(plain.dtype).eps / 2 * exact.abs().max()
+
+    return allowed
+
+
+@pytest.fixture
+def as_exact_as_torch(device: str, allowed_error: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., list[Tensor]]:
     """Runs an op by Triton, its reference in the same dtype, and its reference in float64, forward and backward.
 
-    The Triton error of every output and of every gradient may be twice that of the reference, and never has to be less
-    than half a unit in the last place of the largest number. Memory that is not written reads as NaN.
+    The Triton error of every output and of every gradient may be `allowed_error`. Memory that is not written reads as
+    NaN.
     """
 
     def run(op: Callable[..., Any], inputs: list[Tensor], dtype: torch.dtype, impl: Impl) -> list[Tensor]:
@@ -93,8 +199,7 @@ def as_exact_as_torch(device: str) -> Callable[..., list[Tensor]]:
         for index, (g, p, e) in enumerate(zip(got, plain, exact, strict=True)):
             assert (g.shape, g.dtype) == (p.shape, p.dtype), index
             if g.numel():
-                allowed = 2 * (p.double() - e).abs().max() + torch.finfo(g.dtype).eps / 2 * e.abs().max()
-                assert (g.double() - e).abs().max() <= allowed, f"result {index}"
+                assert (g.double() - e).abs().max() <= allowed_error(p, e), f"result {index}"
         return got
 
     return compare

@@ -14,6 +14,7 @@ from aligngpt_kernels.dispatch import A100, B200, H100, tl, triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], starts: list[int], scale: float) -> Tensor:
@@ -373,7 +374,7 @@ def test_partial_softmaxes_combine_to_the_softmax_of_the_whole(parts, seed):
     want = ((whole * math.log(2)).softmax(1) @ value).nan_to_num(nan=0)  # NaN: no score above -inf
     # Of the largest value: a handful of roundings in exp2, two products, sums of sums and a quotient.
     allowed = 16 * torch.finfo(torch.float32).eps * (value.abs().max() if value.numel() else 0)
-    assert (out.cpu() - want).abs().max() <= allowed
+    assert (out - want).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("chip", [A100, H100, B200], ids=["A100", "H100", "B200"])
@@ -423,3 +424,24 @@ def test_refusals(change, message):
     call = {"q": torch.zeros(2, 4, 1, 4), "k": cache, "v": cache, "lengths": torch.tensor([8, 8])}
     with pytest.raises(ValueError, match=message):
         flash_decode(**{**call, **change})
+
+
+def test_counters_that_a_graph_has_taken_are_never_freed(monkeypatch):
+    """A captured launch goes on using its slice after nobody in Python holds it."""
+    zeros = torch.zeros
+    monkeypatch.setattr(decode, "_counters_for_graphs", {})
+    monkeypatch.setattr(decode, "_pools_of_counters", [])
+    monkeypatch.setattr(decode, "_counters_of_stream", {})
+    monkeypatch.setattr(torch, "zeros", lambda *a, device, **k: zeros(*a, **k, device="cpu"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    gpu, taken = torch.device("cuda", 0), []
+    for _ in range(3):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        decode._counters(gpu, 64, fresh=False)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for _ in range(100):
+            counters = decode._counters(gpu, 4096, fresh=False)
+            taken.append((counters.data_ptr(), StorageWeakRef(counters.untyped_storage())))
+            del counters
+    assert not any(storage.expired() for _, storage in taken)
+    assert len({place for place, _ in taken}) == len(taken)

@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -114,8 +113,9 @@ def test_align_gate(mode, owner, no_sync):
     """Aligned; several images per sample; one sample; none; an image that belongs to no sample."""
     args = gate_inputs(len(owner), max(owner, default=-1) + 1)
     want, want_mix = gate_one_by_one(args, owner, mode)
+    image_sample = torch.tensor(owner, dtype=torch.int32)
     with no_sync():
-        h, mix = align_gate(*args, image_sample=torch.tensor(owner, dtype=torch.int32), mode=mode)
+        h, mix = align_gate(*args, image_sample=image_sample, mode=mode)
     torch.testing.assert_close(h, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(mix, want_mix, rtol=1e-12, atol=1e-12)
     up, up_mix = torch.randn_like(h), torch.randn_like(mix)
@@ -152,11 +152,12 @@ def test_half_precision_rows_are_dotted_in_float32():
     assert (h - exact_h).abs().max() <= 2 * (exact_h.bfloat16() - exact_h).abs().max()
 
 
-def test_oracle():
+def test_oracle(device):
     """t̄, dots, α, H and the LLM's input rows as the public implementation computed them from CLIP features."""
-    arrays = {name: torch.from_numpy(a) for name, a in np.load(ORACLE / "ft_single_mid.npz").items() if a.dtype == "f4"}
-    public = np.load(ORACLE / "ft_single_mid.npz")["input_ids"][0].tolist()  # -200 stands for the image
-    weights = load_file(ORACLE / "p16_model.safetensors")
+    stored = np.load(ORACLE / "ft_single_mid.npz")
+    arrays = {name: torch.from_numpy(a).to(device) for name, a in stored.items() if a.dtype == "f4"}
+    public = stored["input_ids"][0].tolist()  # -200 stands for the image
+    weights = load_file(ORACLE / "p16_model.safetensors", device)
     embed, table = weights["model.embed_tokens.weight"], weights["align_indicators.indicator_embs"]
     gate = [weights[f"gated_weight_layer.mlp.{i}.{name}"] for i in (0, 2) for name in ("weight", "bias")]
     projector = [weights[f"mm_projector.{i}.{name}"] for i in (0, 2) for name in ("weight", "bias")]
@@ -343,33 +344,22 @@ def test_two_calls_are_equal_bit_for_bit(device, sequence):
     assert all(map(torch.equal, *results))
 
 
-def test_launches_and_no_wait_for_the_device(device, sequence, no_sync, monkeypatch):
-    """One kernel each forward; two backward, of the gate."""
-    launched = []
-
-    class Counted:
-        def __init__(self, module: ModuleType, name: str):
-            self.name, self.kernel = name, getattr(module, name)
-
-        def __getitem__(self, grid):
-            launched.append(self.name)
-            return self.kernel[grid]
-
-    gate_kernels = "_align_gate_kernel", "_align_gate_backward_kernel", "_align_gate_grads_kernel"
-    for module, name in ((embedding, "_text_mean_kernel"), *((gate, name) for name in gate_kernels)):
-        monkeypatch.setattr(module, name, Counted(module, name))
+def test_launches_and_no_wait_for_the_device(device, sequence, no_sync, count_launches):
+    """One kernel each forward, the gate's after a fill of its counters; two backward of the gate, one of the mean."""
     _, ids, spans = packed(sequence, (4, "i", 2), (3, "i", 3))
     plan = plan_of(ids.to(device), **{name: span.to(device) for name, span in spans.items()})
     args, owner = gate_args("aligned")
     args = [a.detach().to(device).requires_grad_() for a in args]
     embed = torch.randn(VOCABULARY, args[1].shape[1], device=device, requires_grad=True)
     owner, ids = owner.to(device), ids.to(device)
-    with no_sync():
+    with no_sync(), count_launches(embedding, gate) as launched:
         mean = text_mean(ids, embed, None, plan, impl="triton")
+        assert launched == ["_text_mean_kernel"]
         h, _ = align_gate(args[0], mean, *args[2:], image_sample=owner, mode="adaptive", impl="triton")
-        assert launched == ["_text_mean_kernel", "_align_gate_kernel"]
+        assert launched[1:] == ["fill", "_align_gate_kernel"]
         h.sum().backward()
-    assert launched[2:] == ["_align_gate_backward_kernel", "_align_gate_grads_kernel"]
+    assert launched[3:5] == ["_align_gate_backward_kernel", "_align_gate_grads_kernel"]
+    assert [name for name in launched[5:] if name != "fill"] == ["_run_sum_kernel"]
     assert embed.grad is not None
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from aligngpt_kernels import fused_projector, inject, injection_plan, project_and_inject
+from aligngpt_kernels import embedding, fused_projector, inject, injection, injection_plan, project_and_inject
 from aligngpt_kernels.embedding import embedding_grad
 from torch import Tensor
 
@@ -176,6 +176,23 @@ def test_no_wait_for_the_device(impl, sequence, no_sync):
             inject(ids, *inputs, plan=plan, impl=impl).sum().backward()
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded right", "padded left"])
+def test_one_launch_forward_and_one_backward(layout, sequence, count_launches):
+    """A gradient of the table is another launch, over a table filled with zeros."""
+    ids, spans, images, samples = batch("ragged, several images, text only", layout, sequence)
+    plan = plan_of(ids, **spans)
+    for trained in (False, True):
+        embed, image_rows, align_rows = weights(images, samples)
+        embed.requires_grad_(trained)
+        with count_launches(injection, embedding) as launched:
+            out = inject(ids, embed, image_rows, align_rows, plan=plan, impl="triton")
+            assert launched == ["_inject_kernel"]
+            out.sum().backward()
+        assert launched[1:] == ["fill", "_run_sum_kernel"] * trained + ["_take_rows_kernel"]
+        assert image_rows.grad is not None
+        assert align_rows.grad is not None
+
+
 def project_inputs(images: int, samples: int, in_dim: int = 5) -> list[Tensor]:
     shapes = (images, ROWS, in_dim), (6, in_dim), (6,), (WIDTH, 6), (WIDTH,), (VOCABULARY, WIDTH), (samples, WIDTH)
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
@@ -296,9 +313,9 @@ def test_the_embedding_gradient_is_a_fixed_sum_whatever_the_order_of_tokens():
         ({"token_ids": torch.ones(2, 4)}, "token_ids is torch.float32; inject needs int32 or int64"),
     ],
 )
-def test_refusals(change, message):
+def test_refusals(change, message, device):
     ids = torch.ones(2, 4, dtype=torch.long)
     call = {"token_ids": ids, "embed_weight": torch.zeros(5, 8), "image_rows": torch.zeros(0, 3, 8)}
-    call |= {"align_rows": torch.zeros(0, 8), **change}
+    call |= {"align_rows": torch.zeros(0, 8), **{name: tensor.to(device) for name, tensor in change.items()}}
     with pytest.raises(ValueError, match=message):
         inject(**call, plan=plan_of(ids))

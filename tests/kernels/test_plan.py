@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from aligngpt_kernels import InjectionPlan, injection_plan
+from aligngpt_kernels import InjectionPlan, inject, injection_plan
 from torch import Tensor
 
 IMAGE, ALIGN, BOS = 40, 41, 1
@@ -59,7 +59,7 @@ def test_equals_reading_the_ids_one_by_one(sequences, layout):
     if layout == "packed":
         lengths = torch.tensor([0, *map(len, sequences)])
         ids = torch.tensor([token for s in sequences for token in s])
-        plan = plan_of(ids, cu_seqlens=lengths.cumsum(0).int())
+        plan = injection_plan(ids, image_token_id=IMAGE, align_token_id=ALIGN, cu_seqlens=lengths.cumsum(0).int())
         assert_equals(plan, read_one_by_one(sequences))
         return
     longest = max(map(len, sequences))
@@ -106,7 +106,7 @@ def test_empty_and_empty_span():
     empty = plan_of(torch.empty(0, dtype=torch.long))
     assert [len(t) for t in empty[:4]] == [0, 0, 0, 0]
     ids = torch.tensor([BOS, ALIGN, IMAGE, BOS, 3])
-    plan = plan_of(ids, cu_seqlens=torch.tensor([0, 3, 3, 5]))
+    plan = injection_plan(ids, image_token_id=IMAGE, align_token_id=ALIGN, cu_seqlens=torch.tensor([0, 3, 3, 5]))
     assert plan.token_sample.tolist() == [0, 0, 0, -1, -1]
 
 
@@ -120,4 +120,15 @@ def test_empty_and_empty_span():
 )
 def test_refusals(ids, cu_seqlens, message):
     with pytest.raises(ValueError, match=message):
-        plan_of(ids, cu_seqlens=cu_seqlens)
+        injection_plan(ids, image_token_id=IMAGE, align_token_id=ALIGN, cu_seqlens=cu_seqlens)
+
+
+def test_indices_on_another_device_are_refused_by_name():
+    ids = torch.tensor([1, ALIGN, 3, IMAGE, IMAGE])
+    with pytest.raises(ValueError, match=r"cu_seqlens is on meta; injection_plan needs .*, the device of token_ids"):
+        injection_plan(ids, image_token_id=IMAGE, align_token_id=ALIGN, cu_seqlens=torch.tensor([0, 5], device="meta"))
+    plan = injection_plan(ids, image_token_id=IMAGE, align_token_id=ALIGN)
+    for name in plan._fields[:4]:
+        astray = plan._replace(**{name: getattr(plan, name).to("meta")})
+        with pytest.raises(ValueError, match=rf"plan\.{name} is on meta; inject needs .*, the device of token_ids"):
+            inject(ids, torch.randn(9, 4), torch.randn(1, 2, 4), torch.randn(1, 4), plan=astray)

@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 from aligngpt_kernels import injection_plan, project_and_inject, project_inject
-from aligngpt_kernels.dispatch import A100, H100, assume_chip
 
 IMAGE, ALIGN, VOCABULARY = 40, 41, 40
 CASES = {  # sequences as `conftest.sequence` writes them, rows of an image, (in_dim, hidden, width); what it covers
@@ -16,15 +15,6 @@ CASES = {  # sequences as `conftest.sequence` writes them, rows of an image, (in
     "one row": ([("i",)], 1, (8, 16, 8)),
     "no image": ([(5,), (2,)], 4, (8, 16, 24)),
 }
-
-
-@pytest.fixture(params=[None] if torch.cuda.is_available() else [A100, H100], ids=lambda chip: chip and str(chip[0]))
-def laid_out(request):
-    if request.param is None:
-        yield
-    else:
-        with assume_chip(request.param):
-            yield
 
 
 def case_of(name: str, sequence, device: str = "cpu", spare_images: int | None = None):
@@ -82,6 +72,22 @@ def test_fault_40_fewer_features_than_planned(device, laid_out, sequence):
     torch.testing.assert_close(dots, want_dots, rtol=1e-4, atol=1e-4)
     assert got.isnan().any()
     assert not whole.isnan().any()
+
+
+def test_fault_40_embedding_rows_past_two_to_the_31_elements(dtype, device, laid_out):
+    """Text from the last rows of a table that nobody else touches."""
+    width, near = 64, 8
+    vocabulary = (1 << 31) // width + near
+    embed = torch.empty(vocabulary, width, dtype=dtype, device=device)
+    embed[-near:] = torch.randn(near, width)
+    shapes = (1, 3, 16), (32, 16), (32,), (width, 32), (width,), (1, width)
+    *projector, mean = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
+    ids = torch.tensor([1, near + 1, 5, *[near] * 3, 7], device=device)
+    results = []
+    for table, first in ((embed[-near:], 0), (embed, vocabulary - near)):
+        plan = injection_plan(ids + first, image_token_id=near + first, align_token_id=near + 1 + first)
+        results.append(op(*projector, table, mean, ids=ids + first, plan=plan, impl="triton"))
+    assert all(map(torch.equal, *results))
 
 
 def test_fault_40_odd_inputs(dtype, device, laid_out, sequence, as_exact_as_torch):

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from aligngpt_kernels import KernelUnavailable, fused_projector
 from aligngpt_kernels import projector as projector_module
-from aligngpt_kernels.dispatch import A100, H100, assume_chip
 
 
 def inputs(rows: tuple[int, ...], in_dim: int = 5, hidden: int = 7, width: int = 6) -> list[torch.Tensor]:
@@ -57,20 +56,6 @@ TRITON_SHAPES = {  # rows, in_dim, hidden, width; what it covers
     "larger than a block": ((150,), 40, 144, 72),
     "no rows": ((0, 4), 16, 8, 24),
 }
-
-
-def chips() -> list:
-    """The layouts of this machine: its own on a GPU, both in the interpreter."""
-    return [None] if torch.cuda.is_available() else [A100, H100]
-
-
-@pytest.fixture(params=chips(), ids=lambda chip: f"sm_{chip.capability}" if chip else "this GPU")
-def laid_out(request):
-    if request.param is None:
-        yield
-    else:
-        with assume_chip(request.param):
-            yield
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
@@ -150,6 +135,17 @@ def test_fault_41_operator_and_compiled(device):
         up = torch.randn_like(out)
         grads = zip(torch.autograd.grad(out, args, up), torch.autograd.grad(want, args, up), strict=True)
         assert all(torch.equal(got, expected) for got, expected in grads)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_autocast_takes_dtypes_that_differ(impl, device):
+    """Features of a 16-bit tower beside float32 weights."""
+    x, *weights = (a.detach().float().to(device) for a in inputs((9,), 8, 16, 12))
+    with torch.autocast(device, torch.float16):
+        got = fused_projector(x.half(), *weights, impl=impl)
+        assert torch.equal(got, fused_projector(x.half(), *(w.half() for w in weights), impl=impl))
+    with pytest.raises(ValueError, match=r"w1 is torch\.float32; fused_projector needs torch\.float16"):
+        fused_projector(x.half(), *weights, impl=impl)
 
 
 def test_autocast_as_linear_layers(device):

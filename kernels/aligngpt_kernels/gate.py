@@ -34,6 +34,7 @@ from .dispatch import (
     triton,
     use_triton,
 )
+from .gemm import gelu_cdf
 
 Mode = Literal["adaptive", "local", "global", "average"]
 
@@ -172,11 +173,6 @@ def _images_of(p_image_sample, i_s, num_images, num_samples, BLOCK: tl.constexpr
     return tl.sum(b_count, 0), tl.min(b_first, 0), tl.max(b_end, 0)
 
 
-@triton.jit
-def _gelu_cdf(x):
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-
-
 @triton.jit(do_not_specialize=["num_images", "num_samples"])
 def _align_gate_kernel(
     p_image,  # (M, P, D)
@@ -299,7 +295,7 @@ def _align_gate_kernel(
                 b_w2 = tl.load(
                     p_w2 + o_l[:, None] * hidden + o_h[None, :], mask=m_l[:, None] & m_h[None, :], other=0
                 ).to(tl.float32)
-                b_logits += tl.sum(b_w2 * (b_hidden * _gelu_cdf(b_hidden))[None, :], 1)
+                b_logits += tl.sum(b_w2 * (b_hidden * gelu_cdf(b_hidden))[None, :], 1)
             b_weights = tl.exp(b_logits - tl.max(b_logits, 0))
             b_weights = b_weights / tl.sum(b_weights, 0)
         if MODE == "average":
@@ -385,7 +381,7 @@ def _align_gate_backward_kernel(
         # (BLOCK_L, BLOCK_H), (BLOCK_H,)
         b_w2 = tl.load(p_w2 + o_l[:, None] * hidden + o_h[None, :], mask=m_l[:, None] & m_h[None, :], other=0)
         b_hidden = tl.load(p_hidden + i_s * hidden + o_h, mask=m_h, other=0)
-        b_slope = _gelu_cdf(b_hidden) + b_hidden * tl.exp(-0.5 * b_hidden * b_hidden) * 0.3989422804014327
+        b_slope = gelu_cdf(b_hidden) + b_hidden * tl.exp(-0.5 * b_hidden * b_hidden) * 0.3989422804014327
         b_grad_hidden = tl.sum(b_w2.to(tl.float32) * b_grad_logits[:, None], 0) * b_slope
         if i_p == 0:
             tl.store(p_grad_hidden + i_s * hidden + o_h, b_grad_hidden, mask=m_h)
@@ -442,7 +438,7 @@ def _gate_grads(
             b_grad_logits = tl.load(p_grad_logits + i_s * num_local + o_l, mask=m_l, other=0)
             b_grad_b1 += tl.load(p_grad_hidden + i_s * hidden + o_h, mask=m_h, other=0)
             b_grad_b2 += b_grad_logits
-            b_grad_w2 += b_grad_logits[:, None] * (b_hidden * _gelu_cdf(b_hidden))[None, :]
+            b_grad_w2 += b_grad_logits[:, None] * (b_hidden * gelu_cdf(b_hidden))[None, :]
         tl.store(p_grad_b1 + o_h, b_grad_b1.to(p_grad_b1.dtype.element_ty), mask=m_h)
         tl.store(
             p_grad_w2 + o_l[:, None] * hidden + o_h[None, :],

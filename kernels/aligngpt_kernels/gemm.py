@@ -285,6 +285,12 @@ def gemm_tile(m: int, n: int, k: int, dtype: torch.dtype, precision: str, epilog
 
 
 @triton.jit
+def gelu_cdf(x):
+    """Φ(x) of the exact GELU, x Φ(x)."""
+    return 0.5 + 0.5 * tl.math.erf(x * 0.7071067811865476)
+
+
+@triton.jit
 def _epilogue(
     b_acc,  # (ROWS, COLUMNS)
     i_m,  # its first row and column
@@ -309,11 +315,11 @@ def _epilogue(
     if EPILOGUE == "gelu, keep" or EPILOGUE == "gelu":
         if EPILOGUE == "gelu, keep":
             tl.store(p_pre + at, b_acc.to(dtype), mask=mask)
-        b_acc = b_acc * (0.5 + 0.5 * tl.math.erf(b_acc * 0.7071067811865476))
+        b_acc = b_acc * gelu_cdf(b_acc)
     if EPILOGUE == "dgelu":
         # (ROWS, COLUMNS)
         b_pre = tl.load(p_pre + at, mask=mask, other=0).to(tl.float32)
-        b_cdf = 0.5 + 0.5 * tl.math.erf(b_pre * 0.7071067811865476)
+        b_cdf = gelu_cdf(b_pre)
         tl.store(p_act + at, (b_pre * b_cdf).to(dtype), mask=mask)
         b_acc *= b_cdf + b_pre * tl.exp(-0.5 * b_pre * b_pre) * 0.3989422804014327
         tl.store(p_sums + (i_m // ROWS).to(tl.int64) * num_n + o_n, tl.sum(b_acc, 0), mask=m_n)

@@ -19,7 +19,7 @@ TRAIN = [
     "pillow>=10",  # image decoding and resizing, the reference of every back-end
     "tqdm>=4.66",  # progress bars
     "pyarrow>=17",  # Parquet files of scores and levels
-    "matplotlib>=3.9",  # pictures of a cut into levels
+    "matplotlib>=3.9",  # pictures of levels and of data sets
     "tyro>=0.9",  # every field of a training config on the command line
 ]
 

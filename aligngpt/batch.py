@@ -5,7 +5,11 @@ Samples keep their order and their content. Text-only and image samples mix free
 """
 
 import os
+import pickle
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -102,19 +106,104 @@ def collate(examples: Sequence[Example], *, token_ids: TokenIds, rows_per_image:
 
 
 def load_in_order(dataset: Dataset[Any], keys: Iterable[Any], *, workers: int) -> Iterator[Any]:
-    """`dataset[key]` for each key, in order, made ahead of time by `workers` processes; with 0 it is made here."""
+    """`dataset[key]` for each key, in order, made ahead of time by `workers` processes; with 0 it is made here.
+
+    Items come back through pipes, not through shared memory, which is small in containers and kills who fills it.
+
+    ChildProcessError: a worker was killed or crashed. It is raised by the next item, or where the main thread waits in
+    `waiting_for_workers`.
+    """
+    if not workers:
+        return map(dataset.__getitem__, keys)
     # The tokenizer's own threads do not survive the fork into workers; said here, it need not be warned about.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return iter(
+    loader = iter(
         DataLoader(
-            dataset,
+            _Packed(dataset),
             sampler=keys,
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=4,
         )
     )
+    if threading.current_thread() is threading.main_thread():
+        _hold_back_deaths()
+    return _unpacked(loader)
+
+
+def _unpacked(loader: Iterator[bytes]) -> Iterator[Any]:
+    while True:
+        try:
+            with waiting_for_workers():
+                packed = next(loader)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                raise _death(error) from error
+            raise
+        yield pickle.loads(packed)
+
+
+_deaths: list[ChildProcessError] = []  # of workers, which nobody has been told of
+_is_waiting = False  # whether the main thread is
+
+
+@contextmanager
+def waiting_for_workers() -> Iterator[None]:
+    """Where a worker's death may be raised. Outside it would hit the main thread anywhere, in a save for example.
+
+    Only here it is needed: what a dying worker has sent in part is waited for without end.
+    """
+    global _is_waiting
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _is_waiting = True
+    try:
+        if _deaths:
+            raise _deaths.pop()
+        yield
+    finally:
+        _is_waiting = False
+
+
+def _hold_back_deaths() -> None:
+    """Put a handler around PyTorch's, which raises a death as soon as the signal comes."""
+    _deaths.clear()
+    theirs: Any = signal.getsignal(signal.SIGCHLD)
+    if getattr(theirs, "holds_back", False):
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        try:
+            theirs(number, frame)
+        except RuntimeError as error:
+            if _is_waiting:
+                raise _death(error) from error
+            _deaths.append(_death(error))
+
+    handler.holds_back = True  # type: ignore[attr-defined]
+    signal.signal(signal.SIGCHLD, handler)
+
+
+def _death(error: RuntimeError) -> ChildProcessError:
+    what = " ".join(str(error).split()).rstrip(".")
+    return ChildProcessError(
+        f"a process that loads samples was killed or crashed ({what}); that is mostly for want of memory, of which "
+        "fewer workers need less"
+    )
+
+
+class _Packed(Dataset[bytes]):
+    """The items of a dataset as bytes, which no tensor's memory is shared for."""
+
+    def __init__(self, dataset: Dataset[Any]):
+        self.dataset = dataset
+
+    def __getitem__(self, key: Any) -> bytes:
+        return pickle.dumps(self.dataset[key], protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def _as_it_is(loaded: Any) -> Any:

@@ -12,10 +12,11 @@ from . import _problem
 
 COMMANDS = {
     "score": "score how well each image and its text agree, by a CLIP or SigLIP",
+    "pack": "pack a data set and its images into tar shards with an index and checksums",
     "levels": "cut scores into alignment levels for stage 1",
     "preview": "print a sample's tokens, coloured by what they are",
     "chat": "answer a question about pictures, or hold a conversation",
-    "doctor": "explain this machine: what is there, what is used, what to install",
+    "doctor": "explain this machine; with DATA, what training would drop of a data set and why",
 }
 _NEED_TRANSFORMERS = ("score", "preview", "chat")
 

@@ -1,5 +1,7 @@
 """`aligngpt doctor`: what this machine has, what AlignGPT does with it, and what to install.
 
+`aligngpt doctor DATA` looks at a data set instead: see `aligngpt.data_doctor`.
+
 Every package is imported to learn whether it works, and ends up as one of
 
     ok        it is there and works
@@ -74,7 +76,7 @@ PACKAGES = (
     Package("pillow", "PIL.Image", "decoding and resizing pictures", versions=">=10", required=True),
     Package("tqdm", "tqdm", "progress bars", versions=">=4.66", required=True),
     Package("pyarrow", "pyarrow.parquet", "files of scores and levels", versions=">=17", required=True),
-    Package("matplotlib", "matplotlib", "pictures of a cut into levels", versions=">=3.9", required=True),
+    Package("matplotlib", "matplotlib", "pictures of levels and of data sets", versions=">=3.9", required=True),
     Package("tyro", "tyro", "command lines of training", versions=">=0.9", required=True),
     Package(
         "triton",
@@ -443,10 +445,28 @@ def _gib(size: int) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `aligngpt doctor`."""
     parser.add_argument("--json", action="store_true", help="the same facts as JSON")
+    data = parser.add_argument_group("a data set instead of the machine")
+    data.add_argument(
+        "data", metavar="DATA", nargs="?", help="LLaVA JSON file, JSON lines or shards: every sample is tried"
+    )
+    data.add_argument("--image-folder", metavar="DIR", help="what the data's image names start from")
+    data.add_argument("--model", metavar="FOLDER", help="a model folder, whose processor counts and cuts tokens")
+    data.add_argument("--template", metavar="T", help="conversation template, instead of the model's own")
+    data.add_argument("--max-length", type=int, metavar="N", help="tokens of a sample, instead of the model's own")
+    data.add_argument("--max-drop-rate", type=float, metavar="R", help="share dropped that is too much (default 0.01)")
+    data.add_argument("--workers", type=int, metavar="N", help="processes (default: as many as there are cores)")
+    data.add_argument("--out", metavar="DIR", help="write bad_samples.jsonl and summary.png there")
 
 
 def run(args: argparse.Namespace) -> int:
-    """`aligngpt doctor`: 0 if all that is needed works, else 1."""
+    """`aligngpt doctor`: 0 if all that is needed works, else 1; with DATA, 0 if training would go on with it."""
+    if args.data is not None:
+        from . import data_doctor
+
+        return data_doctor.run(args)
+    for name in ("image_folder", "model", "template", "max_length", "max_drop_rate", "workers", "out"):
+        if (value := getattr(args, name)) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it needs DATA, the data set it is about")
     facts = diagnose()
     text = json.dumps(facts, indent=2) if args.json else report(facts)
     print(text.encode("ascii", "replace").decode())

@@ -12,9 +12,11 @@ The first two are the public code's steps with CLIP's image processor, to the bi
 Everything is in RGB: gray, palette, CMYK, alpha and 16-bit images go through PIL's `convert("RGB")`. EXIF orientation
 is ignored: pixels are taken as stored, as in the public code.
 
-What a file may cost is decided from its header: more than `MAX_PIXELS` pixels are refused before anything is decoded,
-and only the raster formats of `FORMATS` are tried (PIL would hand an EPS file to Ghostscript). A file cut inside its
-pixels is refused: its missing half would train as gray. GIF and WebP animations give their first frame.
+What a file may cost is decided before it is decoded: it is refused if it has more than `MAX_BYTES`, if more than
+`HEADER_BYTES` are read before its size is known (a TIFF's tags take many times their bytes as Python's numbers), or if
+it has more than `MAX_PIXELS` pixels. Only the raster formats of `FORMATS` are tried (PIL would hand an EPS file to
+Ghostscript). A file cut inside its pixels is refused: its missing half would train as gray. GIF and WebP animations
+give their first frame.
 """
 
 from __future__ import annotations
@@ -22,55 +24,85 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # PIL's own warning threshold: 256 MiB of RGB
+MAX_BYTES = 1 << 28  # of a file: what that many pixels take uncompressed
+HEADER_BYTES = 1 << 22  # colour profiles and other tables before the size; PIL reads those of a TIFF three times
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 ASPECTS = ("square", "pad", "stretch")
 
 
 class ImageError(ValueError):
-    """An image that can't be used; the message names it and says why."""
+    """An image that can't be used: `name` says which, `why` what is wrong with it."""
+
+    def __init__(self, name: str, why: str):
+        super().__init__(name, why)
+        self.name = name
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.why}"
 
 
 def open_image(source: str | os.PathLike[str] | bytes, *, name: str | None = None) -> Image.Image:
     """Decode an image to RGB.
 
     source: a path, or the file's bytes; name: what errors call it (default: the path, or "image of n bytes").
-    ImageError: missing, empty, not an image of `FORMATS`, larger than `MAX_PIXELS`, truncated or damaged.
+    ImageError: missing, empty, not an image of `FORMATS`, larger than allowed, truncated or damaged.
     """
-    if isinstance(source, bytes):
-        name = name or f"image of {len(source)} bytes"
-        file: io.BytesIO | Path = io.BytesIO(source)
-    else:
-        name = name or os.fspath(source)
-        file = Path(source)
+    if name is None:
+        name = f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
+    with opened(source, name=name) as image:
+        return image.convert("RGB")
+
+
+@contextmanager
+def opened(
+    source: str | os.PathLike[str] | bytes, *, name: str, formats: tuple[str, ...] = FORMATS
+) -> Iterator[Image.Image]:
+    """PIL's image, of an allowed size, not decoded yet. ImageError as in `open_image`, for what is done with it too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL warns of large or odd files; here they are refused or they decode
         try:
-            with Image.open(file, formats=FORMATS) as image:
+            length = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+            if length > MAX_BYTES:
+                raise ImageError(name, f"{length} bytes; at most {MAX_BYTES} are read")
+            raw = io.BytesIO(source) if isinstance(source, bytes) else io.FileIO(source)
+            with _File(raw) as file, Image.open(file, formats=formats) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
-                    raise ImageError(f"{name}: {width}×{height} pixels; at most {MAX_PIXELS} are decoded")
-                image.load()
-                return image.convert("RGB")
+                    raise ImageError(name, f"{width}×{height} pixels; at most {MAX_PIXELS} are decoded")
+                file.header_left = None
+                yield image
         except ImageError:
             raise
         except FileNotFoundError as error:
-            raise ImageError(f"{name}: no such file") from error
+            raise ImageError(name, "no such file") from error
         except UnidentifiedImageError as error:
-            raise ImageError(
-                f"{name}: not an image ({_what(source)}); it must be one of {', '.join(FORMATS)}"
-            ) from error
+            raise ImageError(name, f"not an image ({_what(source)}); it must be one of {', '.join(formats)}") from error
         except Image.DecompressionBombError as error:
-            raise ImageError(f"{name}: too many pixels; at most {MAX_PIXELS} are decoded ({error})") from error
+            raise ImageError(name, f"too many pixels; at most {MAX_PIXELS} are decoded ({error})") from error
         except Exception as error:  # damaged input: PIL's decoders raise whatever their parser trips over
-            raise ImageError(f"{name}: can't be decoded ({type(error).__name__}: {error})") from error
+            raise ImageError(name, f"can't be decoded ({type(error).__name__}: {error})") from error
+
+
+class _File(io.BufferedReader):
+    """A file of which PIL gets `HEADER_BYTES`, unless it takes all at once, until `header_left` is None."""
+
+    header_left: int | None = HEADER_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.header_left is not None and size is not None and size > 0:
+            self.header_left -= size
+            if self.header_left < 0:
+                raise ValueError(f"more than {HEADER_BYTES} bytes before its pixels")
+        return super().read(size)
 
 
 def _what(source: str | os.PathLike[str] | bytes) -> str:
@@ -151,6 +183,7 @@ def _resize(image: Image.Image, width: int, height: int, resample: Image.Resampl
 def _check_pixels(image: Image.Image, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ImageError(
-            f"image of {image.width}×{image.height} is too long: it would become {width}×{height}; "
-            f"at most {MAX_PIXELS} pixels are made"
+            "image",
+            f"{image.width}×{image.height} is too long: it would become {width}×{height}; "
+            f"at most {MAX_PIXELS} pixels are made",
         )

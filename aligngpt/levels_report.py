@@ -11,16 +11,15 @@ from __future__ import annotations
 import os
 import textwrap
 import warnings
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from .data.llava_json import Sample, image_path
+from .data.records import Records
 from .image import open_image
-from .score import pair_text
+from .similarity import pair_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,8 +46,11 @@ def histogram(scores: np.ndarray, levels: np.ndarray, cuts: np.ndarray, cut: str
     num_levels = len(cuts) + 1
     inside = [scores[levels == level] for level in range(num_levels)]
     names = [f"{level}   {len(s):,} pairs, {s.min():.3f} to {s.max():.3f}" for level, s in enumerate(inside)]
+    edges = np.histogram_bin_edges([min(s.min() for s in inside), max(s.max() for s in inside)], BINS)
+    counts = [np.histogram(s, edges)[0] for s in inside]  # by NumPy, which copies no more than a block of the scores
     bars: Any  # a container for each level
-    _, edges, bars = axes.hist(inside, bins=BINS, stacked=True, color=_colors(num_levels))
+    middles = [(edges[1:] + edges[:-1]) / 2] * num_levels
+    _, _, bars = axes.hist(middles, edges.tolist(), weights=counts, stacked=True, color=_colors(num_levels))
     axes.set_xlim(edges[0], edges[-1])
     axes.margins(y=0.12)  # room for the numbers
     for place in cuts:
@@ -76,17 +78,17 @@ def histogram(scores: np.ndarray, levels: np.ndarray, cuts: np.ndarray, cut: str
 
 def draw_contact_sheet(
     path: str | os.PathLike[str],
-    pairs: Sequence[Sample],
+    records: Records,
+    places: np.ndarray,
     scores: np.ndarray,
     levels: np.ndarray,
-    image_folder: str | os.PathLike[str],
     *,
     columns: int = 6,
 ) -> None:
     """A row for each level: pairs from its lowest to its highest score, evenly spaced by rank, with their words.
 
-    pairs: the samples of `scores` (pairs,) and `levels` (pairs,). Of a sample's images the first is shown; one that
-    cannot be opened is a gray field.
+    places: positions in the data of `scores` (pairs,) and `levels` (pairs,). Of a sample's images the first is shown;
+    one that cannot be opened is a gray field.
     """
     from matplotlib.figure import Figure
 
@@ -121,14 +123,15 @@ def draw_contact_sheet(
                     bbox={"boxstyle": "round,pad=0.35", "color": colors[level]},
                 )  # fmt: skip
             if column < len(shown):
-                _draw_pair(axes, pairs[shown[column]], scores[shown[column]], image_folder)
+                _draw_pair(axes, records, int(places[shown[column]]), scores[shown[column]])
     _save(figure, path)
 
 
-def _draw_pair(axes: Any, sample: Sample, score: float, image_folder: str | os.PathLike[str]) -> None:
+def _draw_pair(axes: Any, records: Records, place: int, score: float) -> None:
     """A picture in a square field, under it its score and the words."""
+    sample = records[place]
     try:
-        image = open_image(image_path(image_folder, sample.images[0]))
+        image = open_image(records.image(sample, 0))
         image = ImageOps.contain(image, (_PICTURE, _PICTURE), Image.Resampling.BICUBIC)
     except (ValueError, OSError):
         image = Image.new("RGB", (_PICTURE, _PICTURE), "#dddddd")

@@ -19,11 +19,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from .data.llava_json import Sample, image_path, read_llava_json
+from .data.records import RecordList, Records, open_records
 from .image import open_image
 from .text import IGNORE_INDEX, TEMPLATES, TokenIds, Tokenized
 
@@ -94,34 +94,34 @@ def format_tokenized(
 
 
 def preview(
-    samples: Sequence[Sample],
+    records: Records,
+    chosen: Iterable[int],
     processor: AlignGPTProcessor,
     *,
-    image_folder: str | os.PathLike[str] | None = None,
+    open_images: bool = False,
     template: str | None = None,
     color: bool = False,
 ) -> Iterator[str]:
-    """One text per sample: a heading, then `format_tokenized`.
+    """One text per chosen record: a heading, then `format_tokenized`.
 
-    image_folder: given, the pictures are opened too and their sizes shown.
-    template: instead of the processor's own.
-    ValueError names the record: what `render`, `tokenize`, `image_path` and `open_image` refuse.
+    open_images: the pictures are opened too and their sizes shown. template: instead of the processor's own.
+    ValueError names the record: what `AlignGPTProcessor.text`, `Records.image` and `open_image` refuse.
     """
     template = template or processor.template
-    for sample in samples:
+    for sample in map(records.__getitem__, chosen):
         tokenized = processor.text(sample, template)
         facts = [sample.name, f"template {template}"]
         if sample.level is not None:
             facts.append(f"level {sample.level}")
-        for image in sample.images:
+        for number, image in enumerate(sample.images):
             fact = image
-            if image_folder is not None:
+            if open_images:
                 try:
-                    width, height = open_image(image_path(image_folder, image)).size
+                    width, height = open_image(records.image(sample, number), name=image).size
                 except ValueError as error:
                     raise ValueError(f"{sample.name}: {error}") from error
                 fact = f"{image} {width}×{height}"
-            facts.append(_printable(fact))
+            facts.append(printable(fact))
         body = format_tokenized(
             tokenized, processor.tokenizer, processor.token_ids, rows_per_image=processor.rows_per_image, color=color
         )
@@ -130,9 +130,11 @@ def preview(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `aligngpt preview`."""
-    parser.add_argument("data", metavar="DATA", help="a LLaVA JSON file")
+    parser.add_argument("data", metavar="DATA", help="a LLaVA JSON or JSON lines file, or shards")
     parser.add_argument("--model", required=True, metavar="FOLDER", help="a model folder, for its processor")
-    parser.add_argument("--image-folder", metavar="DIR", help="open the pictures too, and show their sizes")
+    parser.add_argument(
+        "--image-folder", metavar="DIR", help="open the pictures too, and show their sizes (shards: always)"
+    )
     parser.add_argument("--template", choices=TEMPLATES, help="instead of the model's own")
     parser.add_argument("--index", type=int, default=0, metavar="N", help="first record shown (default 0)")
     parser.add_argument("--count", type=int, default=1, metavar="N", help="records shown (default 1)")
@@ -146,18 +148,19 @@ def run(args: argparse.Namespace) -> int:
     from .processor import AlignGPTProcessor  # loads transformers: not for `aligngpt --help`
 
     color = not args.no_color and not os.environ.get("NO_COLOR") and sys.stdout.isatty()
-    samples = read_llava_json(args.data)
-    if not samples:
+    records = open_records(args.data, args.image_folder)
+    if not len(records):
         raise ValueError(f"{args.data} holds no records; it needs at least one")
-    if args.count < 1 or not 0 <= args.index < len(samples):
+    if args.count < 1 or not 0 <= args.index < len(records):
         raise ValueError(
-            f"--index {args.index} --count {args.count}: {args.data} has records 0 to {len(samples) - 1}; "
+            f"--index {args.index} --count {args.count}: {args.data} has records 0 to {len(records) - 1}; "
             f"the index must be one of them and the count at least 1"
         )
-    chosen = samples[args.index : args.index + args.count]
+    chosen = range(args.index, min(args.index + args.count, len(records)))
+    open_images = bool(args.image_folder) or type(records) is not RecordList
     processor = AlignGPTProcessor.from_pretrained(args.model)
     encoding = sys.stdout.encoding or "utf-8"
-    for text in preview(chosen, processor, image_folder=args.image_folder, template=args.template, color=color):
+    for text in preview(records, chosen, processor, open_images=open_images, template=args.template, color=color):
         print(text.encode(encoding, "replace").decode(encoding))
     return 0
 
@@ -170,10 +173,11 @@ def _line(kind: str, text: str, color: bool) -> str:
 def _token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     piece = str(tokenizer.convert_ids_to_tokens(token))
     if "▁" in piece:  # SentencePiece's blank; decoding one token would drop it
-        return _printable(piece.replace("▁", " "))
+        return printable(piece.replace("▁", " "))
     decoded = str(tokenizer.decode([token]))
-    return _printable(piece if "\ufffd" in decoded else decoded)  # the bytes of half a character
+    return printable(piece if "\ufffd" in decoded else decoded)  # the bytes of half a character
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """The text with what would steer a terminal escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -20,8 +20,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from .batch import Example
 from .checkpoint import read_config
 from .config import AlignGPTConfig, is_public
-from .data.llava_json import Sample, image_path
-from .image import open_image, preprocess
+from .data.llava_json import Sample
+from .image import ImageError, open_image, preprocess
 from .text import (
     GATE_TEXTS,
     IMAGE_MARK,
@@ -79,6 +79,14 @@ class AlignGPTImageProcessor(ImageProcessingMixin):
             for image in images
         ]
         return torch.stack(prepared) if prepared else torch.zeros(0, 3, self.size, self.size)
+
+    def read(self, file: str | Path | bytes, name: str) -> Tensor:
+        """(3, size, size) fp32 of an image file, or of what is in it. ImageError, beginning with `name`: it is none."""
+        image = open_image(file, name=name)
+        try:
+            return self.pixels([image])[0]
+        except ImageError as error:  # too long to be resized
+            raise ImageError(name, error.why) from error
 
     def __call__(self, images: ImageInput | Sequence[ImageInput], **kwargs: Any) -> BatchFeature:
         return BatchFeature({"pixel_values": self.pixels(_listed(images))})
@@ -226,7 +234,12 @@ class AlignGPTProcessor(ProcessorMixin):
         )
 
     def text(self, sample: Sample, template: str | None = None) -> Tokenized:
-        """A training sample's ids, labels and gate mask, in the processor's template or another."""
+        """A training sample's ids, labels and gate mask, in the processor's template or another.
+
+        ValueError names the record: its problem, what `render` and `tokenize` refuse, no answer within `max_length`.
+        """
+        if sample.problem:
+            raise ValueError(f"{sample.name}: {sample.problem}")
         parts = render(
             sample.turns,
             template or self.template,
@@ -234,16 +247,26 @@ class AlignGPTProcessor(ProcessorMixin):
             has_images=bool(sample.images),
             name=sample.name,
         )
-        return self.tokenize(parts, num_images=len(sample.images), max_length=self.max_length, name=sample.name)
+        text = self.tokenize(parts, num_images=len(sample.images), max_length=self.max_length, name=sample.name)
+        if not text.num_supervised:
+            raise ValueError(f"{sample.name}: nothing of its answers is within max_length, {self.max_length} tokens")
+        return text
 
-    def example(self, sample: Sample, image_root: str | Path, *, level: int | None = None) -> Example:
-        """A training sample with its pictures. ValueError names the record and what is wrong with it."""
+    def example(self, sample: Sample, files: Sequence[Path | bytes], *, level: int | None = None) -> Example:
+        """A training sample with its pictures.
+
+        files: of its images, in order (`Records.image`). ValueError names the record and what is wrong with it.
+        """
         text = self.text(sample)
+        count = text.num_images  # a cut may leave out the last ones
         try:
-            pixels = self.image_processor.pixels([image_path(image_root, name) for name in sample.images])
+            named = zip(files[:count], sample.images[:count], strict=True)
+            pixels = [self.image_processor.read(file, name) for file, name in named]
         except (ValueError, OSError) as error:
             raise ValueError(f"{sample.name}: {error}") from error
-        return Example(id=sample.id, text=text, pixel_values=pixels, level=level)
+        size = self.image_processor.size
+        stacked = torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size)
+        return Example(id=sample.id, text=text, pixel_values=stacked, level=level)
 
     def __call__(
         self,

@@ -1,401 +1,134 @@
 """`aligngpt score DATA`: how well each picture and its words agree, by a model of type clip or siglip.
 
-A pair is a sample with an image; its text is what the assistant says, turns joined by a blank. The score is the cosine
-of the model's two embeddings, in fp32; where a sample has several images, the mean of their cosines. Samples without
-an image have no row.
+The score of a pair is a cosine (`aligngpt.similarity`). Samples without an image have no row.
 
     record      int64    position of the sample in the data, from 0
     id          string
     score       float32  NaN where there is none
     truncated   bool     the text was longer than the model reads (CLIP: 77 tokens) and was cut
-    problem     string   why there is no score: an image that is missing or damaged, a text without words; else null
+    problem     string   why there is no score; else null
 
-The file's metadata says which data (`data_hash`), which model (hashes of its weights and tokenizer) and how text and
-images were prepared. Each is prepared as the model was trained, from its folder's own files: CLIP cuts out the centre
-and reads texts of any length up to its limit, SigLIP stretches the image and always reads its full length of tokens,
-padded. A siglip with Gemma's tokenizer is a SigLIP 2 of fixed size, which was trained on small letters; it gets them.
-Special tokens spelled in a text stay ordinary characters.
+Rows go to a folder, in parts of `--chunk-size` pairs, and manifest.json last (`aligngpt.data.tables`): which data
+(`data_hash`), which model (hashes of its files, its revision on the Hub where the folder says it), how text and images
+were prepared, in which precision and on what kind of device.
 
-Scores do not depend on the batch size beyond rounding. They are written in chunks beside the output; a scoring that
-was interrupted goes on from its last whole chunk when the command is given again, and its file is then the same, byte
-for byte, as if nothing had happened. Chunks that are damaged are scored again, and those of other data, another model
-or another batch size are not used.
+The data alone says which pairs a part holds and which of them are a batch: pairs of about the same length, at most
+`--batch-size` images together. `torchrun -m aligngpt score …` deals the parts out to its processes, on one machine or
+on several that share the output folder; part c is for process c mod their number. A part is written whole when all its
+pairs have a score, so a scoring that was killed goes on when the command is given again, with as many processes as one
+likes: each repeats at most the part that it was in, and the folder is then the same, byte for byte, as if nothing had
+happened. Parts that are damaged are scored again. A folder that was begun with other data, another model, another kind
+of device (a CPU's number of threads included) or other settings is refused, because its bits would differ.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import itertools
+import json
 import os
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 
 from . import __version__
-from .batch import load_in_order
-from .checkpoint import read_config
-from .data.llava_json import Sample, image_path, read_llava_json
-from .data.tables import data_hash, prepare_outputs, read_table, write_table
-from .image import open_image, preprocess
+from .data.records import Records, is_tar, open_records
+from .data.tables import (
+    MANIFEST,
+    part_name,
+    prepare_folder,
+    read_manifest,
+    read_part,
+    read_table,
+    write_json,
+    write_manifest,
+    write_table,
+)
+from .similarity import (
+    PRECISIONS,
+    Preparation,
+    Scores,
+    batches_by_size,
+    load_model,
+    model_hash,
+    model_revision,
+    score_pairs,
+)
+from .team import Team, team
 
 if TYPE_CHECKING:
     import pyarrow
-    from transformers import PreTrainedTokenizerBase
 
-PAIRS_PER_CHUNK = 8192  # at most this many are scored again after an interruption
-_DEFAULTS: dict[str, dict[str, Any]] = {  # by model type, for a folder that has no preprocessor_config.json
-    "clip": {
-        "image_mean": (0.48145466, 0.4578275, 0.40821073),
-        "image_std": (0.26862954, 0.26130258, 0.27577711),
-        "do_center_crop": True,
-    },
-    "siglip": {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), "do_center_crop": False},
-}
-_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+_STARTED = "scoring.json"  # in the folder of a scoring that is not finished: the metadata of its parts
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """How pairs become a model's input."""
-
-    tokenizer: PreTrainedTokenizerBase
-    text_length: int  # longer texts are cut to this many tokens
-    padded: bool  # shorter ones are padded to it, and the padding is read too
-    lower: bool  # texts are put into small letters
-    pad_id: int
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    aspect: str
-    resample: Image.Resampling
+# ---------------------------------------------------------------------------------------------------- the parts
 
 
 @dataclass(frozen=True, eq=False)
-class PairBatch:
-    """B pairs, of which G can be scored and have M images together."""
+class Scoring:
+    """All that a process needs to make a part."""
 
-    records: list[int]  # (B,)
-    ids: list[str]  # (B,)
-    truncated: list[bool]  # (B,)
-    problems: list[str | None]  # (B,), None for those G
-    token_ids: Tensor  # (G, L) int64
-    attention_mask: Tensor  # (G, L) int64
-    pixel_values: Tensor  # (M, 3, size, size) fp32
-    owners: Tensor  # (M,) int64: which of the G an image belongs to
+    folder: Path
+    records: Records
+    model: nn.Module
+    preparation: Preparation
+    about: dict[str, Any]  # the metadata of each part
+    names: dict[str, dict[str, Any]]  # what the manifest says beyond it
+    pairs: np.ndarray  # (pairs,) positions in the data of the samples with an image
+    batch_size: int
+    chunk_size: int
 
+    @property
+    def num_parts(self) -> int:
+        return -(-len(self.pairs) // self.chunk_size)
 
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """Rows of the scores file."""
+    def places(self, part: int) -> np.ndarray:
+        """Positions in the data of a part's pairs."""
+        return self.pairs[part * self.chunk_size : (part + 1) * self.chunk_size]
 
-    records: list[int]
-    ids: list[str]
-    scores: np.ndarray  # float32
-    truncated: list[bool]
-    problems: list[str | None]
-
-
-# ---------------------------------------------------------------------------------------------------- the model
-
-
-def load_model(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[nn.Module, Preparation]:
-    """A clip or siglip with both towers, in fp32 and eval mode, and how its inputs are made.
-
-    ValueError: another kind of model, weights that are missing, a pre-processing that is not one of the two known ones.
-    """
-    from transformers import AutoModel, AutoTokenizer, GemmaTokenizer
-
-    config = read_config(Path(folder))
-    kind = config.get("model_type")
-    if kind not in _DEFAULTS:
-        raise ValueError(f"{folder} holds a model of type {kind!r}; scoring needs one of {', '.join(_DEFAULTS)}")
-    model, report = AutoModel.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-    )
-    if report["missing_keys"]:
-        names = sorted(report["missing_keys"])
-        raise ValueError(
-            f"{folder} lacks {len(names)} weights, {names[0]} among them; scoring needs the whole {kind}, both towers"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    padded = kind == "siglip"
-    if padded and tokenizer.pad_token_id is None:
-        raise ValueError(f"{folder}: the tokenizer has no padding token; a siglip needs one, since it reads padding")
-    preparation = Preparation(
-        tokenizer=tokenizer,
-        text_length=model.config.text_config.max_position_embeddings,
-        padded=padded,
-        lower=kind == "siglip" and isinstance(tokenizer, GemmaTokenizer),
-        pad_id=tokenizer.pad_token_id or 0,
-        **_image_preparation(folder, kind, model.config.vision_config.image_size),
-    )
-    return model.to(device).eval(), preparation
+    def is_whole(self, part: int) -> bool:
+        """Whether a part is there, undamaged and of this scoring."""
+        path = self.folder / part_name(part)
+        if not path.is_file():
+            return False
+        try:
+            table, found = read_table(path, "scores")
+        except ValueError:
+            return False
+        return found == self.about and np.array_equal(table["record"].to_numpy(), self.places(part))
 
 
-def _image_preparation(folder: str | os.PathLike[str], kind: str, size: int) -> dict[str, Any]:
-    """What preprocessor_config.json says, as arguments of `aligngpt.image.preprocess`."""
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    stated = dict(_DEFAULTS[kind])
-    if any((Path(folder) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        stated |= ImageProcessingMixin.get_image_processor_dict(folder)[0]
-    sizes = set()
-    for name in ("size", "crop_size") if stated["do_center_crop"] else ("size",):
-        value = stated.get(name) or size
-        sizes |= set(value.values()) if isinstance(value, dict) else {value}
-    if sizes != {size}:
-        raise ValueError(
-            f"{folder}: preprocessor_config.json makes images of {', '.join(map(str, sorted(sizes)))} pixels; "
-            f"the model's vision tower needs {size}, in every step"
-        )
-    return {
-        "size": size,
-        "mean": tuple(stated["image_mean"]),
-        "std": tuple(stated["image_std"]),
-        "aspect": "square" if stated["do_center_crop"] else "stretch",
-        "resample": Image.Resampling(stated.get("resample", Image.Resampling.BICUBIC)),
-    }
-
-
-def model_hash(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """SHA-256 of a model folder's config, weights and tokenizer files, by name."""
-    folder = Path(folder)
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    tokenizer = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
-    hashes = {}
-    for path in [folder / "config.json", *weights, *sorted(tokenizer)]:
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
-
-
-# ---------------------------------------------------------------------------------------------------- the pairs
-
-
-def pair_text(sample: Sample) -> str:
-    """The words that a sample's images are compared with."""
-    return " ".join(turn.text for turn in sample.turns if turn.role == "assistant")
-
-
-class PairBatches(Dataset[PairBatch]):
-    """A list of positions in the data to a batch; what is wrong with a pair becomes its `problem`."""
-
-    def __init__(self, samples: Sequence[Sample], image_folder: str | os.PathLike[str], preparation: Preparation):
-        self.samples = samples
-        self.image_folder = image_folder
-        self.preparation = preparation
-
-    def __getitem__(self, records: list[int]) -> PairBatch:
-        problems: list[str | None] = []
-        texts: list[str] = []  # of the pairs that can be scored
-        pixels: list[Tensor] = []
-        owners: list[int] = []
-        for record in records:
-            sample = self.samples[record]
-            try:
-                text = pair_text(sample)
-                if not text.strip():
-                    raise ValueError("the text has no words")
-                images = [self._pixels(name) for name in sample.images]
-            except (ValueError, OSError) as error:
-                problems.append(str(error))
-                continue
-            problems.append(None)
-            owners += [len(texts)] * len(images)
-            pixels += images
-            texts.append(text)
-        token_ids, attention_mask, cut = self._tokens(texts)
-        was_cut = iter(cut)
-        size = self.preparation.size
-        return PairBatch(
-            records=records,
-            ids=[self.samples[record].id for record in records],
-            truncated=[problem is None and next(was_cut) for problem in problems],
-            problems=problems,
-            token_ids=token_ids,
-            attention_mask=attention_mask,
-            pixel_values=torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size),
-            owners=torch.tensor(owners, dtype=torch.int64),
-        )
-
-    def _pixels(self, name: str) -> Tensor:
-        how = self.preparation
-        image = open_image(image_path(self.image_folder, name), name=name)
-        return preprocess(image, size=how.size, mean=how.mean, std=how.std, aspect=how.aspect, resample=how.resample)
-
-    def _tokens(self, texts: list[str]) -> tuple[Tensor, Tensor, list[bool]]:
-        """Ids and mask (G, L), and which texts were cut."""
-        how = self.preparation
-        if not texts:
-            return torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1, dtype=torch.int64), []
-        # Cut by the tokenizer, which keeps its closing token: CLIP reads the text's embedding there.
-        options = {"split_special_tokens": True, "verbose": False}
-        if how.lower:
-            texts = [text.lower() for text in texts]
-        whole = how.tokenizer(texts, **options)["input_ids"]
-        kept = how.tokenizer(texts, **options, truncation=True, max_length=how.text_length)["input_ids"]
-        length = how.text_length if how.padded else max(map(len, kept))
-        token_ids = torch.full((len(texts), length), how.pad_id)
-        attention_mask = torch.zeros(len(texts), length, dtype=torch.int64)
-        for row, ids in enumerate(kept):
-            token_ids[row, : len(ids)] = torch.tensor(ids)
-            attention_mask[row, : len(ids)] = 1
-        return token_ids, attention_mask, [len(ids) > how.text_length for ids in whole]
-
-
-def score_pairs(
-    samples: Sequence[Sample],
-    image_folder: str | os.PathLike[str],
-    model: nn.Module,
-    preparation: Preparation,
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
-    first: int = 0,
-) -> Iterator[Scores]:
-    """Rows for the samples that have an image, in order, a batch at a time.
-
-    model, preparation: of `load_model`; the model's device is where it runs.
-    workers: processes that read images; with 0 they are read here. first: batches that are left out at the start.
-    """
-    pairs = [record for record, sample in enumerate(samples) if sample.images]
-    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)][first:]
-    for batch in load_in_order(PairBatches(samples, image_folder, preparation), batches, workers=workers):
-        scores = np.full(len(batch.records), np.nan, dtype=np.float32)
-        problems = list(batch.problems)
-        good = [place for place, problem in enumerate(problems) if problem is None]
-        if good:
-            scores[good] = _cosines(model, batch, preparation.padded)
-        for place in good:
-            if not np.isfinite(scores[place]):
-                scores[place], problems[place] = np.nan, "the model's score is not finite"
-        yield Scores(batch.records, batch.ids, scores, batch.truncated, problems)
-
-
-@torch.inference_mode()
-def _cosines(model: nn.Module, batch: PairBatch, padded: bool) -> np.ndarray:
-    """(G,) mean cosine of each pair's images with its text."""
-    device = next(model.parameters()).device
-    mask = {} if padded else {"attention_mask": batch.attention_mask.to(device)}
-    with torch.backends.cudnn.flags(allow_tf32=False):  # the patch embedding is a convolution: fp32 there too
-        found = model(input_ids=batch.token_ids.to(device), pixel_values=batch.pixel_values.to(device), **mask)
-    texts = found.text_embeds[batch.owners.to(device)]
-    cosines = F.cosine_similarity(found.image_embeds, texts, dim=-1).double().cpu().numpy()
-    owners = batch.owners.numpy()
-    return np.bincount(owners, weights=cosines) / np.bincount(owners)
-
-
-# ---------------------------------------------------------------------------------------------------- the file
-
-
-def write_scores(
-    out: str | os.PathLike[str],
-    samples: Sequence[Sample],
-    image_folder: str | os.PathLike[str],
+def start(
+    data: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
     model_folder: str | os.PathLike[str],
     *,
-    batch_size: int = 64,
-    workers: int = 0,
-    device: str = "cpu",
-) -> pyarrow.Table:
-    """Score all pairs into the Parquet file `out`, going on where an interrupted scoring stopped; returns its table.
-
-    ValueError: what `load_model` refuses, or data without any image.
-    """
-    import pyarrow
-    from tqdm import tqdm
-
-    num_pairs = sum(bool(sample.images) for sample in samples)
-    if not num_pairs:
-        raise ValueError(f"the data has {len(samples)} samples and none with an image; scoring needs one at least")
-    model, preparation = load_model(model_folder, device)
-    metadata = _metadata(samples, model_folder, preparation, batch_size, device)
-    batches_per_chunk = max(1, PAIRS_PER_CHUNK // batch_size)
-    num_chunks = -(-num_pairs // (batches_per_chunk * batch_size))
-    out = Path(out)
-    chunks = out.with_name(out.name + ".chunks")
-    done = _whole_chunks(chunks, metadata)
-    rows = score_pairs(
-        samples,
-        image_folder,
-        model,
-        preparation,
-        batch_size=batch_size,
-        workers=workers,
-        first=done * batches_per_chunk,
-    )
-    with tqdm(total=num_pairs, unit="pair", disable=None) as progress:
-        progress.update(min(num_pairs, done * batches_per_chunk * batch_size))
-        for chunk in range(done, num_chunks):
-            parts = []
-            for scores in islice(rows, batches_per_chunk):
-                parts.append(_table(scores))
-                progress.update(len(scores.ids))
-            write_table(chunks / f"{chunk:06d}.parquet", pyarrow.concat_tables(parts), metadata)
-    tables = [read_table(chunks / f"{chunk:06d}.parquet", "scores")[0] for chunk in range(num_chunks)]
-    table = pyarrow.concat_tables(tables).combine_chunks()
-    write_table(out, table, metadata)
-    shutil.rmtree(chunks)
-    return table
-
-
-def _whole_chunks(folder: Path, metadata: dict[str, Any]) -> int:
-    """How many chunks from the start can be gone on from; a folder of another scoring is emptied."""
-    folder.mkdir(parents=True, exist_ok=True)
-    done = 0
-    while (path := folder / f"{done:06d}.parquet").is_file():
-        try:
-            if read_table(path, "scores")[1] != metadata:
-                break
-        except ValueError:  # damaged
-            break
-        done += 1
-    kept = {f"{chunk:06d}.parquet" for chunk in range(done)}
-    for path in folder.glob("*.parquet*"):
-        if path.name not in kept:
-            path.unlink()
-    return done
-
-
-def _table(scores: Scores) -> pyarrow.Table:
-    import pyarrow
-
-    return pyarrow.table(
-        {
-            "record": pyarrow.array(scores.records, pyarrow.int64()),
-            "id": pyarrow.array(scores.ids, pyarrow.string()),
-            "score": pyarrow.array(scores.scores, pyarrow.float32()),
-            "truncated": pyarrow.array(scores.truncated, pyarrow.bool_()),
-            "problem": pyarrow.array(scores.problems, pyarrow.string()),
-        }
-    )
-
-
-def _metadata(
-    samples: Sequence[Sample],
-    folder: str | os.PathLike[str],
-    how: Preparation,
+    image_folder: str | os.PathLike[str] | None,
+    precision: str,
     batch_size: int,
-    device: str,
-) -> dict[str, Any]:
-    from importlib.metadata import version
+    chunk_size: int,
+    device: torch.device,
+) -> Scoring:
+    """Open the data and the model. Arguments are the command's options.
 
-    packages = ("torch", "transformers", "tokenizers", "pillow", "numpy")
-    return {
+    ValueError: what `open_records` and `load_model` refuse, or data without any image.
+    """
+    records = open_records(data, image_folder)
+    num_images = records.num_images
+    if not num_images.any():
+        raise ValueError(f"{data} has {len(records)} samples and none with an image; scoring needs one at least")
+    model, how = load_model(model_folder, device, dtype=PRECISIONS[precision])
+    about: dict[str, Any] = {
         "kind": "scores",
-        "data": {"sha256": data_hash(samples), "samples": len(samples)},
-        "model": {"folder": Path(folder).resolve().name, "sha256": model_hash(folder)},
+        "data": {"sha256": records.sha256, "samples": len(records)},
+        "model": {"sha256": model_hash(model_folder)},
         "text": {"tokens": how.text_length, "padded": how.padded, "lower": how.lower},
         "image": {
             "size": how.size,
@@ -404,10 +137,134 @@ def _metadata(
             "mean": list(how.mean),
             "std": list(how.std),
         },
+        "precision": precision,
         "batch_size": batch_size,
-        "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device),
-        "versions": {"aligngpt": __version__} | {package: version(package) for package in packages},
+        "chunk_size": chunk_size,
+        "device": _device_name(device),
+        "versions": _versions(),
     }
+    names: dict[str, dict[str, Any]] = {
+        "data": {"name": Path(data).resolve().name},
+        "model": {"folder": Path(model_folder).resolve().name, "revision": model_revision(model_folder)},
+    }
+    pairs = np.flatnonzero(num_images)
+    return Scoring(Path(folder), records, model, how, about, names, pairs, batch_size, chunk_size)
+
+
+def _device_name(device: torch.device) -> str:
+    """What a result's last bits may depend on."""
+    if device.type == "cpu":
+        return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "tokenizers", "pillow", "numpy", "pyarrow")
+    return {"aligngpt": __version__} | {package: version(package) for package in packages}
+
+
+def claim_folder(scoring: Scoring) -> bool:
+    """Say in the folder which scoring it is for; whether that is finished already.
+
+    ValueError: it holds another scoring. Done by one process, before `check_folder` in all.
+    """
+    finished = (scoring.folder / MANIFEST).is_file()
+    if finished or (scoring.folder / _STARTED).is_file():
+        found = read_manifest(scoring.folder) if finished else _read_started(scoring.folder)
+        if differing := differences(scoring.about, found):
+            raise ValueError(
+                f"--out {scoring.folder} holds scores that were made otherwise: {', '.join(differing)}; "
+                "it needs a folder of its own"
+            )
+    for path in scoring.folder.glob("part-*.parquet.tmp"):  # half a part of a process that was killed
+        path.unlink()
+    if finished:
+        (scoring.folder / _STARTED).unlink(missing_ok=True)
+    else:
+        write_json(scoring.folder / _STARTED, scoring.about, indent=1)
+    return finished
+
+
+def check_folder(scoring: Scoring) -> None:
+    """ValueError where this process doesn't see the folder that `claim_folder` made, or would score otherwise."""
+    folder = scoring.folder
+    if not any((folder / name).is_file() for name in (_STARTED, MANIFEST)):
+        raise ValueError(f"--out {folder} is not the folder that the first process sees; machines need to share it")
+    found = _read_started(folder) if (folder / _STARTED).is_file() else read_manifest(folder)
+    if differing := differences(scoring.about, found):
+        raise ValueError(f"it differs from the first process: {', '.join(differing)}; all need the same")
+
+
+def _read_started(folder: Path) -> dict[str, Any]:
+    path = folder / _STARTED
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, parts that fit are kept") from error
+    return found if isinstance(found, dict) else {}
+
+
+def differences(about: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What two scorings differ in, as "section.name is … there, … here". A manifest may say more than `about`."""
+    said = []
+    for section, content in about.items():
+        there = found.get(section)
+        inner = isinstance(content, dict) and isinstance(there, dict)
+        for name in content if inner else [None]:
+            ours, theirs = (content[name], there.get(name)) if inner else (content, there)  # type: ignore[union-attr]
+            if ours != theirs:
+                label = f"{section}.{name}" if inner else section
+                short = [text if len(text) < 60 else f"{text[:57]}…" for text in map(str, (theirs, ours))]
+                said.append(f"{label} is {short[0]} there, {short[1]} here")
+    return said
+
+
+def write_parts(
+    scoring: Scoring, parts: Sequence[int], *, workers: int, go_on: Callable[[int], bool] = lambda pairs: True
+) -> None:
+    """Score these parts. `go_on` is told after each batch how many pairs it had, and says whether to."""
+    import pyarrow
+
+    records, num_characters, num_images = scoring.records, scoring.records.num_characters, scoring.records.num_images
+    batches = (
+        batch
+        for part in parts
+        for batch in batches_by_size(scoring.places(part), num_characters, num_images, scoring.batch_size)
+    )
+    rows = score_pairs(records, batches, scoring.model, scoring.preparation, workers=workers)
+    for part in parts:
+        missing, tables = len(scoring.places(part)), []
+        while missing:
+            scores = next(rows)
+            tables.append(_table(scores))
+            missing -= len(scores.places)
+            if not go_on(len(scores.places)):
+                return
+        table = pyarrow.concat_tables(tables).sort_by("record").combine_chunks()
+        write_table(scoring.folder / part_name(part), table, scoring.about)
+
+
+def _table(scores: Scores) -> pyarrow.Table:
+    import pyarrow
+
+    return pyarrow.table(
+        {
+            "record": pyarrow.array(scores.places, pyarrow.int64()),
+            "id": pyarrow.array(scores.ids, pyarrow.string()),
+            "score": pyarrow.array(scores.scores, pyarrow.float32()),
+            "truncated": pyarrow.array(scores.truncated, pyarrow.bool_()),
+            "problem": pyarrow.array(scores.problems, pyarrow.string()),
+        }
+    )
+
+
+def finish(scoring: Scoring) -> dict[str, Any]:
+    """Write the manifest, once all parts are there."""
+    manifest = write_manifest(scoring.folder, scoring.about, scoring.num_parts, scoring.names)
+    (scoring.folder / _STARTED).unlink(missing_ok=True)
+    return manifest
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -415,59 +272,127 @@ def _metadata(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `aligngpt score`."""
-    parser.add_argument("data", metavar="DATA", help="a LLaVA JSON file")
+    parser.add_argument("data", metavar="DATA", help="a LLaVA JSON file, the same as JSON lines, or a folder of shards")
     parser.add_argument(
         "--model", required=True, metavar="FOLDER", help="folder of a model of type clip or siglip, both towers"
     )
-    parser.add_argument("--image-folder", required=True, metavar="DIR", help="what the data's image names start from")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the Parquet file to write")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="pairs at a time (default 64)")
+    parser.add_argument(
+        "--image-folder", metavar="DIR", help="what the data's image names start from; shards hold their images"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write parts and manifest.json to")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default 64)")
+    parser.add_argument(
+        "--chunk-size", type=int, default=8192, metavar="N",
+        help="pairs in a part, which are scored again at most after an interruption (default 8192)",
+    )  # fmt: skip
     parser.add_argument(
         "--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
-        help="processes that read images (default 4, or as many as there are cores)",
+        help="processes that read images, for each process that scores (default 4, or as many as there are cores)",
     )  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    parser.add_argument(
+        "--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """`aligngpt score`: writes the file, then says in a few lines what is in it."""
-    for flag, value, least in (("--batch-size", args.batch_size, 1), ("--workers", args.workers, 0)):
+    """`aligngpt score`: fills the folder, then says in a few lines what is in it."""
+    with team() as everyone:
+        manifest = _run(args, everyone)
+    if everyone.rank == 0:
+        _say(Path(args.out), manifest)
+    return 0
+
+
+def _run(args: argparse.Namespace, everyone: Team) -> dict[str, Any]:
+    """The manifest; {} in all processes but the first."""
+    is_first = everyone.rank == 0
+    scoring = everyone.agree(lambda: _started(args, everyone))
+    finished = everyone.gather(everyone.agree(lambda: is_first and claim_folder(scoring)))[0]
+    everyone.agree(lambda: check_folder(scoring))
+    if finished:
+        return read_manifest(scoring.folder) if is_first else {}
+    mine = range(everyone.rank, scoring.num_parts, everyone.size)
+    todo = everyone.agree(lambda: [part for part in mine if not scoring.is_whole(part)])
+    everyone.agree(lambda: _write_mine(scoring, todo, args.workers, everyone))
+    return everyone.agree(lambda: finish(scoring) if is_first else {})
+
+
+def _started(args: argparse.Namespace, everyone: Team) -> Scoring:
+    for flag, value, least in (
+        ("--batch-size", args.batch_size, 1),
+        ("--chunk-size", args.chunk_size, 1),
+        ("--workers", args.workers, 0),
+    ):
         if value < least:
             raise ValueError(f"{flag} is {value}; it needs a whole number of at least {least}")
-    if not Path(args.image_folder).is_dir():
+    in_shards = Path(args.data).is_dir() or is_tar(args.data)
+    if not in_shards and not (args.image_folder and Path(args.image_folder).is_dir()):
         raise ValueError(f"--image-folder is {args.image_folder}; it needs a folder that exists")
-    has_gpu = torch.cuda.is_available()
-    if args.device == "cuda" and not has_gpu:
-        raise ValueError("--device is cuda, but PyTorch finds no GPU; it needs one, or --device cpu")
-    device = ("cuda" if has_gpu else "cpu") if args.device == "auto" else args.device
-    out = Path(args.out)
-    prepare_outputs([("--out", args.out)], read=[args.data])
+    device = _device(args.device, everyone)
+    read = [args.data, args.model, *([args.image_folder] if args.image_folder else [])]
+    prepare_folder("--out", args.out, read)
+    if everyone.rank:
+        from transformers.utils import logging
 
-    samples = read_llava_json(args.data)
-    table = write_scores(
-        out,
-        samples,
-        args.image_folder,
+        logging.disable_progress_bar()
+    return start(
+        args.data,
+        args.out,
         args.model,
+        image_folder=args.image_folder,
+        precision={"auto": "fp32" if device.type == "cpu" else "bf16"}.get(args.precision, args.precision),
         batch_size=args.batch_size,
-        workers=args.workers,
+        chunk_size=args.chunk_size,
         device=device,
     )
-    problems = [
-        (record, id, problem)
-        for record, id, problem in zip(*(table[name].to_pylist() for name in ("record", "id", "problem")), strict=True)
-        if problem
-    ]
-    cut = sum(table["truncated"].to_pylist())
-    print(f"{table.num_rows - len(problems)} pairs scored into {out}")
+
+
+def _device(asked: str, everyone: Team) -> torch.device:
+    """The CPU, or the GPU that is this process's."""
+    gpus = torch.cuda.device_count()
+    if asked == "cuda" and not gpus:
+        raise ValueError("--device is cuda, but PyTorch finds no GPU; it needs one, or --device cpu")
+    if asked == "cpu" or not gpus:
+        return torch.device("cpu")
+    if everyone.local_rank >= gpus:
+        raise ValueError(f"--nproc-per-node is more than {gpus}, this machine's GPUs; each process needs one")
+    torch.cuda.set_device(everyone.local_rank)
+    return torch.device("cuda", everyone.local_rank)
+
+
+def _write_mine(scoring: Scoring, parts: Sequence[int], workers: int, everyone: Team) -> None:
+    """A process's share, with a bar in the first one."""
+    from tqdm import tqdm
+
+    pairs = sum(len(scoring.places(part)) for part in parts)
+    label = "its pairs of the first process" if everyone.size > 1 else None
+    with tqdm(total=pairs, unit="pair", desc=label, disable=True if everyone.rank else None) as progress:
+
+        def go_on(done: int) -> bool:
+            progress.update(done)
+            return not everyone.failed
+
+        write_parts(scoring, parts, workers=workers, go_on=go_on)
+
+
+def _say(folder: Path, manifest: dict[str, Any]) -> None:
+    rows, problems, cut = manifest["rows"], manifest["problems"], manifest["text"]["truncated"]
+    print(f"{rows - problems} pairs scored into {folder}")
     if cut:
         print(f"{cut} of them have a text longer than the model reads; it was cut (column truncated)")
-    if len(samples) > table.num_rows:
-        print(f"{len(samples) - table.num_rows} samples without an image have no row")
+    if manifest["data"]["samples"] > rows:
+        print(f"{manifest['data']['samples'] - rows} samples without an image have no row")
     if problems:
-        print(f"{len(problems)} pairs have no score (column problem):", file=sys.stderr)
-        for record, id, problem in problems[:10]:
-            print(f"  record {record} (id {id}): {problem}", file=sys.stderr)
-        if len(problems) > 10:
+        print(f"{problems} pairs have no score (column problem):", file=sys.stderr)
+        for row in itertools.islice(_problems(folder, manifest), 10):
+            print(f"  record {row['record']} (id {row['id']}): {row['problem']}", file=sys.stderr)
+        if problems > 10:
             print("  …", file=sys.stderr)
-    return 0
+
+
+def _problems(folder: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows without a score."""
+    for part in range(len(manifest["parts"])):
+        table = read_part(folder, manifest, part, ["record", "id", "problem"])
+        yield from (row for row in table.to_pylist() if row["problem"] is not None)

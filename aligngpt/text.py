@@ -18,8 +18,8 @@ the data (`Part.literal`) never turn into control tokens: "</s>" typed by a user
 tokenizer is copied once, with its special tokens switched off; the control tokens a template writes travel through the
 copy under private names. The price is a second copy of the vocabulary in memory, a few tens of MB for the largest ones.
 
-Refused with a `ValueError` naming the sample: roles out of order, `<image>` outside a user turn, a chat template that
-drops or rewrites a turn, a cut inside the image block, a token whose place in the text is unknown.
+Refused with a `ValueError` naming the sample: roles out of order, a chat template that drops or rewrites a turn, a cut
+inside the first image, a token whose place in the text is unknown.
 Sources: LLaVA's `conversation.py` and `train.py` (templates, where the image mark goes); the recorded cases in
 `tests/data/oracle/tokenized.json`.
 """
@@ -98,7 +98,7 @@ class Tokenized:
     input_ids: torch.Tensor  # (L,) int64
     labels: torch.Tensor  # (L,) int64, -100 = no loss; not shifted
     gate_mask: torch.Tensor  # (L,) bool
-    num_images: int
+    num_images: int  # in input_ids: those behind a cut are left out
 
     @property
     def num_supervised(self) -> int:
@@ -126,19 +126,21 @@ def render(
         move to its front, each followed by a newline; in chat they stay where they are.
     tokenizer: gives the end-of-sequence text of v1 and llama_2 ("</s>" without one) and the template of "chat".
     add_generation_prompt: end where the assistant begins to speak; the last turn must then be the user's.
-    has_images: False for a sample without pictures, in which `<image>` is a word like any other.
+    has_images: False for a sample without pictures. In it, and in what is not the user's turn, `<image>` is a word like
+        any other.
     name: what errors call the sample.
 
     Joined, the parts of a training sample begin with the parts of its generation prompt (for "chat" if its template
-    keeps that promise). ValueError: unknown template, roles out of order, `<image>` outside a user turn, a chat
-    template that is missing, refuses the roles, drops or rewrites a turn, or closes an answer with no special token.
+    keeps that promise). ValueError: unknown template, roles out of order, a chat template that is missing, refuses the
+    roles, drops or rewrites a turn, or closes an answer with no special token.
     """
     if template not in TEMPLATES:
         raise ValueError(f"template is {template!r}; it must be one of {', '.join(TEMPLATES)}")
-    _check_turns(turns, template, add_generation_prompt, name, has_images=has_images)
-    if has_images:
-        return _render(turns, template, tokenizer, add_generation_prompt, name)
-    words = [Turn(turn.role, turn.text.replace(IMAGE_MARK, _WORD)) for turn in turns]
+    _check_turns(turns, template, add_generation_prompt, name)
+    words = [
+        turn if has_images and turn.role == "user" else Turn(turn.role, turn.text.replace(IMAGE_MARK, _WORD))
+        for turn in turns
+    ]
     parts = _render(words, template, tokenizer, add_generation_prompt, name)
     return [replace(part, text=part.text.replace(_WORD, IMAGE_MARK)) for part in parts]
 
@@ -165,14 +167,10 @@ def _render(
     return _render_llama_2(turns, eos, bos)
 
 
-def _check_turns(
-    turns: Sequence[Turn], template: str, add_generation_prompt: bool, name: str, *, has_images: bool
-) -> None:
+def _check_turns(turns: Sequence[Turn], template: str, add_generation_prompt: bool, name: str) -> None:
     for number, turn in enumerate(turns):
         if turn.role not in ("system", "user", "assistant"):
             raise ValueError(f"{name}: turn {number} has role {turn.role!r}; it must be system, user or assistant")
-        if has_images and turn.role != "user" and IMAGE_MARK in turn.text:
-            raise ValueError(f"{name}: turn {number} ({turn.role}) holds {IMAGE_MARK}; only user turns may")
         for mark in (_OPEN, _CLOSE):
             if mark in turn.text:
                 raise ValueError(f"{name}: turn {number} holds U+{ord(mark):04X}, a noncharacter; remove it")
@@ -335,11 +333,12 @@ def tokenize(
     rows_per_image: P, how many `<image>` ids stand for one picture.
     align: put one `<align>` after BOS if there is an image (False for align_mode "none").
     gate_text: "prompt" leaves the answers out of gate_mask, "all" keeps them (bit-parity with the public weights).
-    max_length: tokens kept, counted after images are expanded; the cut is at the end.
+    max_length: tokens kept, counted after images are expanded. What is longer is cut at the end; a cut that would fall
+        inside an image is made in front of it, and that image and those after it are left out.
     num_images: how many pictures the sample has; checked against the marks when given.
 
-    ValueError naming the sample: marks and pictures differ in number, the cut would lose image rows, a token's place in
-    the text is unknown, words of the data would become a control token.
+    ValueError naming the sample: marks and pictures differ in number, the cut would leave no image of some, a token's
+    place in the text is unknown, words of the data would become a control token.
     """
     if gate_text not in GATE_TEXTS:
         raise ValueError(f"gate_text is {gate_text!r}; it must be one of {', '.join(GATE_TEXTS)}")
@@ -358,13 +357,13 @@ def tokenize(
         ids.append(token_ids.align)
         answer.append(False)
         gate.append(False)
-    image_end = 0
+    image_ends: list[int] = []
     for run in _between_images(parts):
         if run is None:
             ids += [token_ids.image] * rows_per_image
             answer += [False] * rows_per_image
             gate += [False] * rows_per_image
-            image_end = len(ids)
+            image_ends.append(len(ids))
             continue
         for token, part in encoder.encode(run, name):
             if token == token_ids.image or token == token_ids.align:
@@ -375,9 +374,13 @@ def tokenize(
             answer.append(part.kind == "answer")
             gate.append(gate_text == "all" or part.kind == "text")
     if max_length is not None and len(ids) > max_length:
-        if max_length < image_end:
-            raise ValueError(f"{name}: max_length {max_length} cuts the image rows; they end at token {image_end}")
-        ids, answer, gate = ids[:max_length], answer[:max_length], gate[:max_length]
+        if marks and max_length < image_ends[0]:
+            raise ValueError(
+                f"{name}: max_length {max_length} cuts the first image; its rows end at token {image_ends[0]}"
+            )
+        cut = next((end - rows_per_image for end in image_ends if end - rows_per_image < max_length < end), max_length)
+        ids, answer, gate = ids[:cut], answer[:cut], gate[:cut]
+        marks = sum(end <= cut for end in image_ends)
     input_ids = torch.tensor(ids, dtype=torch.int64)
     labels = input_ids.masked_fill(~torch.tensor(answer, dtype=torch.bool), IGNORE_INDEX)
     return Tokenized(input_ids, labels, torch.tensor(gate, dtype=torch.bool), marks)

@@ -2,7 +2,7 @@
 
     RUN/scenes/{train,validation,test}   pictures, captions and questions, drawn
     RUN/vision, RUN/llm                  what a real run would download: a miniature CLIP and a miniature LLM
-    RUN/scores.parquet, levels.parquet   aligngpt score, aligngpt levels
+    RUN/scores/, levels.parquet          aligngpt score, aligngpt levels
     RUN/stage-1-*                        training/pretrain.py: with 8 levels, and three rivals of the same budget
     RUN/stage-2                          training/finetune.py
     RUN/results.json, RUN/pictures/*.png what came out, on pictures that nothing was trained on
@@ -155,11 +155,11 @@ class Demo:
 
     def make_levels(self) -> None:
         """Scores, levels, their pictures, and the quarter of the pairs with the highest scores."""
-        scores, leveled = self.folder / "scores.parquet", self.folder / "pairs-with-levels.json"
+        scores, leveled = self.folder / "scores", self.folder / "pairs-with-levels.json"
         best, report = self.folder / "top-quarter.json", self.folder / "pictures"
         pictures = ["--image-folder", str(self.train_scenes)]
         say("alignment: how well each caption fits its picture, cut into 8 levels")
-        if not scores.exists():
+        if not (scores / "manifest.json").exists():
             command = ["aligngpt", "score", str(self.pairs), "--model", str(self.folder / "vision"), *pictures]
             self.call([*command, "--out", str(scores), "--workers", "1"])
         if not (report / "contact-sheet.png").exists():  # what the command makes last

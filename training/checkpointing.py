@@ -39,7 +39,7 @@ from training.sharding import Stored, World, set_dtype, tied_names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What a config.json from before these fields means: all its runs were like this.
-_ADDED_LATER = {"data.decoder": "pil", "data.levels_hash": ""}
+_ADDED_LATER = {"data.decoder": "pil", "data.levels_hash": "", "data.hardware_decoder": 0.0}
 
 
 # ---------------------------------------------------------------------------------------------------- the folder

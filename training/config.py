@@ -51,9 +51,9 @@ class DataConfig:
     """Which samples, in which order, written out how."""
 
     path: str = ""
-    """LLaVA JSON file."""
+    """LLaVA JSON file, the same as JSON lines (.jsonl), or a folder of shards (`aligngpt pack`)."""
     image_folder: str = ""
-    """Folder that the records' image paths are relative to."""
+    """Folder that the records' image paths are relative to; shards hold their images and take none."""
     levels: str = "record"
     """Alignment level of a sample: a file that `aligngpt levels` made, "record" (its record's align_level), "random",
     or "none", which leaves it to the gate."""
@@ -72,6 +72,12 @@ class DataConfig:
     and the run keeps what it began with."""
     workers: int = 4
     """Processes that load samples, for each training process; 0 loads in the training process."""
+    prefetch: int = 2
+    """Micro-batches whose images DALI decodes while the model is at work."""
+    hardware_decoder: float = 0.0
+    """Share of JPEG images, from 0 to 1, that a GPU's decoding unit gets; its pixels differ a little from others'."""
+    max_drop_rate: float = 0.01
+    """Largest share of the run's samples that may be dropped because they cannot be used; above it the run stops."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,8 @@ NOT_LEARNED = frozenset(
         "gradient_checkpointing",
         "export_dtype",
         "data.workers",
+        "data.prefetch",
+        "data.max_drop_rate",
     )
 )
 
@@ -287,12 +295,16 @@ def check(config: TrainConfig, *, world_size: int = 1) -> None:
         ("save-every", config.save_every, 1),
         ("keep-last", config.keep_last, 1),
         ("data.workers", data.workers, 0),
+        ("data.prefetch", data.prefetch, 1),
         ("data.max-length", data.max_length, 8),
         ("model.num-levels", 2 if model.num_levels is None else model.num_levels, 2),
     ):
         need(value >= least, flag, value, f"a whole number of at least {least}")
     projector_lr = optim.lr if optim.projector_lr is None else optim.projector_lr
+    share = "a share from 0 to 1"
     rules: tuple[tuple[str, Any, bool, str], ...] = (
+        ("data.hardware-decoder", data.hardware_decoder, 0 <= data.hardware_decoder <= 1, share),
+        ("data.max-drop-rate", data.max_drop_rate, 0 <= data.max_drop_rate <= 1, share),
         ("optim.lr", optim.lr, 0 < optim.lr < 1, "a rate between 0 and 1"),
         ("optim.projector-lr", projector_lr, 0 < projector_lr < 1, "a rate between 0 and 1"),
         ("optim.warmup-ratio", optim.warmup_ratio, 0 <= optim.warmup_ratio < 1, "a share of at least 0 and below 1"),
@@ -319,8 +331,14 @@ def check(config: TrainConfig, *, world_size: int = 1) -> None:
         need(folder != "", flag, folder, "a model folder (or give --model.init an AlignGPT folder)")
         need(os.path.isdir(folder), flag, folder, "a folder that exists")
         need(os.path.isfile(os.path.join(folder, "config.json")), flag, folder, "a folder that holds config.json")
-    need(os.path.isfile(data.path), "data.path", data.path, "a LLaVA JSON file that exists")
-    need(os.path.isdir(data.image_folder), "data.image-folder", data.image_folder, "a folder that exists")
+    need(os.path.exists(data.path), "data.path", data.path, "a LLaVA JSON file, or shards, that exist")
+    shards = os.path.isdir(data.path) or data.path.endswith(".tar")
+    good, needs = (
+        (data.image_folder == "", "to be left out")
+        if shards
+        else (os.path.isdir(data.image_folder), "a folder that exists")
+    )
+    need(good, "data.image-folder", data.image_folder, needs)
     good = data.levels in LEVEL_WORDS or os.path.isfile(data.levels)
     need(good, "data.levels", data.levels, f"{', '.join(LEVEL_WORDS)}, or a file made by `aligngpt levels`")
     need(config.run_dir != "", "run-dir", config.run_dir, "a folder for the run")

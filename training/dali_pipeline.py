@@ -3,18 +3,24 @@
     read     file -> Encoded, or pixels from PIL               in a loader's worker process
     decode   M of them -> (M, 3, size, size) fp32              in the training process, one run of the pipeline
 
-    bytes ─ decode (RGB, EXIF ignored) ─ pad ─ widths ─ heights ─ (x - mean) / std ─ DLPack ─ copy
+    bytes ─ decode (RGB, EXIF ignored) ─ pad ─ widths ─ heights ─ crop ─ (x / 255 - mean) / std
+
+On a CPU, DALI decodes to PIL's bytes and torch does the rest; on a GPU, DALI's operators do all of it. Either way the
+tensors that leave DALI are its own memory, taken through DLPack.
 
 `AlignGPTImageProcessor.pixels` is the reference: the two differ by at most 4/255, on average by 0.25/255, before
 normalisation. The exception is stripes and checkerboards of one pixel, where many sums end in exactly one half and the
-two round them to different sides: the average reaches 0.98/255 (672 × 672 to 56), the largest difference stays 1/255
-there. DALI's own bicubic keeps no such bound (up to 15/255), for two reasons:
+two round them to different sides: the average reaches 1/255 (672 × 672 to 56), the largest difference stays 1/255
+there. What keeps the bound:
 
-- PIL rounds and clips to bytes between its two passes, first widths, then heights. So there are two here.
-- Where the filter reaches over an edge, PIL leaves those taps out and rescales the others; DALI takes the edge's pixel
-  for them. With weights w that sum to 1, and left and right their sums beyond the two edges,
+- PIL rounds and clips to bytes between its two passes, first widths, then heights. torch's resize of bytes does the
+  same, with weights of 16 bits where PIL's have 22: at most 2/255 apart, on average 0.01/255.
+- DALI's operators do not, so on a GPU there are two resizes, each rounded. And where the filter reaches over an edge,
+  PIL and torch leave those taps out and rescale the others; DALI takes the edge's pixel for them. With weights w that
+  sum to 1, and left and right their sums beyond the two edges,
       PIL's = (DALI's - left · first pixel - right · last pixel) / (1 - left - right),
-  which `edge_weights` computes on the host, since it depends on the sizes alone.
+  which `edge_weights` computes on the host, since it depends on the sizes alone. DALI's bicubic by itself is up to
+  15/255 off.
 
 A bad file kills DALI's pipeline object and the batch in it, so files are screened in `read`: DALI gets JPEG and PNG of
 the kinds on which it agrees with PIL, whole to the end marker, not larger than PIL may decode. All others go through
@@ -23,29 +29,29 @@ tried one by one, and PIL has the last word on that one: a file's pixels do not 
 refuses every one of several files that PIL decodes, DALI is at fault, and its error is raised.
 
 Host memory has a bound. A run takes at most 32 files and 32 megapixels, the largest picture made on the way counted for
-each (padded, or resized and not yet cut); a file above 16 megapixels goes to PIL. The worst found were 1.4 GB for two
-pictures of 336 × 47600; two photos of 4000 × 3000 took 0.6 GB. DALI keeps that memory for its next run.
+each (padded, or resized and not yet cut); a file goes to PIL if it is above 16 megapixels, or is larger itself than its
+pixels. On a CPU the worst found were 290 MB (32 pictures of 1000 × 1000, two threads), of which DALI keeps a part.
 
-The GPU path (`device="mixed"`, then GPU operators) has tests marked `gpu`; it has not been run or measured yet.
+The GPU path (`device="mixed"`, then GPU operators) has tests marked `gpu`; it has not been run or measured yet. Its
+operators are tested on a CPU.
 """
 
 import importlib.util
-import io
 import logging
 import os
 import re
-import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from aligngpt.image import ImageError, open_image, resized_size
+from aligngpt.image import ImageError, opened, resized_size
 from aligngpt.processor import AlignGPTImageProcessor
 
 logger = logging.getLogger(__name__)
@@ -53,6 +59,7 @@ logger = logging.getLogger(__name__)
 FILES_A_RUN = 32  # what one run of the pipeline takes; more files go in several
 PIXELS_A_FILE = 16_000_000  # the largest picture, as `_pixels_made` counts, that DALI gets
 PIXELS_A_RUN = 32_000_000  # a run ends before it has more
+BYTES_BESIDE_PIXELS = 1 << 20  # how much larger than its pixels, 3 bytes each, a file for DALI may be
 # Stuffed zeros and restarts belong to the scan. A marker may follow any number of 0xFF: the last of them is matched,
 # since a pattern that takes them all would start over at each.
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
@@ -92,7 +99,7 @@ def read(source: str | Path | bytes, image_processor: AlignGPTImageProcessor, *,
     """
     if name is None:
         name = f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
-    return screen(source, image_processor, name=name) or _by_pil(source, image_processor, name)
+    return screen(source, image_processor, name=name) or image_processor.read(source, name)
 
 
 def screen(source: str | Path | bytes, image_processor: AlignGPTImageProcessor, *, name: str) -> Encoded | None:
@@ -101,17 +108,17 @@ def screen(source: str | Path | bytes, image_processor: AlignGPTImageProcessor, 
     JPEG: gray and colour, baseline or progressive, of 8 bits; PNG: up to 8 bits a channel. On those DALI and PIL agree,
     palettes and alpha included. Whole means that the segments lead to the end marker.
     """
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as in open_image
-        try:
-            with Image.open(file, formats=("JPEG", "PNG")) as image:
-                (width, height), form, mode = image.size, image.format, image.mode
-            if _pixels_made(width, height, image_processor) > PIXELS_A_FILE:
-                return None
-            data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        except Exception:  # whatever PIL's parsers trip over; the PIL path raises it again, with a name
+    try:
+        with opened(source, name=name, formats=("JPEG", "PNG")) as image:
+            (width, height), form, mode = image.size, image.format, image.mode
+        length = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+        if _pixels_made(width, height, image_processor) > PIXELS_A_FILE:
             return None
+        if length > 3 * width * height + BYTES_BESIDE_PIXELS:
+            return None
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except (ImageError, OSError):  # the PIL path says what is wrong
+        return None
     jpeg = form == "JPEG" and mode in ("L", "RGB") and _is_whole_jpeg(data)
     png = form == "PNG" and _is_whole_png(data)
     return Encoded(data, width, height, name) if jpeg or png else None
@@ -151,14 +158,6 @@ def _is_whole_png(data: bytes) -> bool:
     return False
 
 
-def _by_pil(source: str | Path | bytes, image_processor: AlignGPTImageProcessor, name: str) -> Tensor:
-    image = open_image(source, name=name)
-    try:
-        return image_processor.pixels([image])[0]
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from error
-
-
 # ---------------------------------------------------------------------------------------------------- geometry
 
 
@@ -186,14 +185,35 @@ def edge_weights(length: int, resized: int, size: int) -> np.ndarray:
 
 
 class DaliPixels:
-    """The pipeline of one size, mean, deviation and aspect ratio on one device. For one thread at a time."""
+    """The pipeline of one size, mean, deviation and aspect ratio on one device. For one thread at a time.
 
-    def __init__(self, image_processor: AlignGPTImageProcessor, device: torch.device):
+    hardware_share: the share (0 to 1) of a batch's JPEGs that a GPU's decoding unit gets, if it has one. The default is
+        0: how many of a batch are that share depends on the batch, and where the unit does not restore chroma as the
+        CPU does, a file's pixels would depend on its neighbours. Its pixels are unmeasured, as is its speed.
+    """
+
+    def __init__(self, image_processor: AlignGPTImageProcessor, device: torch.device, *, hardware_share: float = 0.0):
         if image_processor.image_aspect_ratio not in ("square", "pad"):
             raise ValueError(f"aspect is {image_processor.image_aspect_ratio!r}; DALI's pipeline has square and pad")
+        if not 0 <= hardware_share <= 1:
+            raise ValueError(f"hardware_share is {hardware_share}; it must be between 0 and 1")
         self.image_processor = image_processor
         self.device = device
+        self.hardware_share = hardware_share
+        self.resized_by_dali = device.type == "cuda"
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.threads = max(1, min(8, cores))
+        self.pool = ThreadPoolExecutor(self.threads, "resize")  # has no thread before its first task
         self.pipeline: Any = None  # made by the first run: a pipeline belongs to its process
+        # (3, 1, 1) each, beside the planes of a picture
+        self.mean, self.std, self.colour = (
+            torch.tensor(values)[:, None, None]
+            for values in (
+                image_processor.image_mean,
+                image_processor.image_std,
+                [int(channel * 255) for channel in image_processor.image_mean],
+            )
+        )
 
     def pixels(self, sources: Sequence[str | Path | bytes]) -> Tensor:
         """(M, 3, size, size) fp32 on the device: `AlignGPTImageProcessor.pixels` of files."""
@@ -202,19 +222,27 @@ class DaliPixels:
     def decode(self, pictures: Sequence[Picture]) -> Tensor:
         """(M, 3, size, size) fp32 on the device, in the pictures' order; no later call changes it.
 
+        On a GPU it is DALI's own memory where one run makes the whole batch: use it on the stream that is current here,
+        or keep it until its use on another has ended. A batch of several runs, or with pictures from PIL, is put
+        together by copying.
+
         ImageError: a file that neither DALI nor PIL decodes.
         RuntimeError: of several files in a run DALI decodes none and PIL all.
         """
-        size = self.image_processor.size
-        pixels = torch.empty(len(pictures), 3, size, size, device=self.device)
-        files = {}
-        for row, picture in enumerate(pictures):
-            if isinstance(picture, Encoded):
-                files[row] = picture
-            else:
-                pixels[row] = picture
-        for rows in self._runs(files):
-            self._decode_into(pixels, rows, [files[row] for row in rows])
+        files = {row: picture for row, picture in enumerate(pictures) if isinstance(picture, Encoded)}
+        runs = list(self._runs(files))
+        if len(runs) == 1 and len(files) == len(pictures):
+            pixels = self._pixels(list(files.values()))[0]
+        else:
+            size = self.image_processor.size
+            pixels = torch.empty(len(pictures), 3, size, size, device=self.device)
+            for row, picture in enumerate(pictures):
+                if isinstance(picture, Tensor):
+                    pixels[row] = picture
+            for rows in runs:
+                pixels[rows] = self._pixels([files[row] for row in rows])[0]
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # another thread takes them, on whatever stream
         return pixels
 
     def _runs(self, files: dict[int, Encoded]) -> Iterator[list[int]]:
@@ -231,45 +259,73 @@ class DaliPixels:
         if rows:
             yield rows
 
-    def _decode_into(self, pixels: Tensor, rows: list[int], files: list[Encoded]) -> str | None:
-        """One run; of a single file that PIL had to decode, DALI's reason is returned."""
-        if self.pipeline is None:
-            self.pipeline = self._build()
+    def _pixels(self, files: list[Encoded]) -> tuple[Tensor, str | None]:
+        """(F, 3, size, size) of one run; of a single file that PIL had to decode, DALI's reason too."""
         try:
-            pixels[rows] = self._run(files)
+            result = self._run(files)
         except RuntimeError as error:  # DALI's only kind; the pipeline can't be used after it
             self.pipeline = None
             why = " ".join(str(error).split())
         else:
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()  # the copy ends before DALI's next run
-            return None
+            return self._finished(result), None
         if len(files) == 1:
             logger.info("%s: DALI can't decode it; PIL is asked. DALI says: %s", files[0].name, why)
-            pixels[rows[0]] = _by_pil(files[0].data, self.image_processor, files[0].name)
-            return why
-        reasons = [self._decode_into(pixels, [row], [file]) for row, file in zip(rows, files, strict=True)]
+            return self.image_processor.read(files[0].data, files[0].name)[None].to(self.device), why
+        alone, reasons = zip(*(self._pixels([file]) for file in files), strict=True)
         if all(reasons):
             raise RuntimeError(
                 f"DALI fails on all {len(files)} files: {reasons[-1]}; --data.decoder pil does without it"
             )
-        return None
+        return torch.cat(alone), None
 
-    def _run(self, files: list[Encoded]) -> Tensor:
-        """The pipeline's result, in memory that its next run overwrites."""
+    def _run(self, files: list[Encoded]) -> Any:
+        """The pipeline's result: pictures as decoded or, `resized_by_dali`, pixels. No later run writes into it."""
+        if self.pipeline is None:
+            self.pipeline = self._build()
         inputs = [self._inputs(file) for file in files]
         for name in inputs[0]:
             self.pipeline.feed_input(name, [values[name] for values in inputs])
-        (result,) = self.pipeline.run()
-        return torch.from_dlpack(result.as_tensor())
+        # Given a stream, DALI orders on it both the result and, once that is dropped, the use of its memory.
+        (result,) = self.pipeline.run(torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None)
+        return result
+
+    def _finished(self, result: Any) -> Tensor:
+        if self.resized_by_dali:
+            return torch.from_dlpack(result.as_tensor())
+        images = [torch.from_dlpack(image) for image in result]
+        pixels = torch.empty(len(images), 3, self.image_processor.size, self.image_processor.size)
+        list(self.pool.map(self._finish, images, pixels))
+        return pixels
+
+    def _finish(
+        self,
+        image: Tensor,  # (height, width, 3) uint8
+        pixels: Tensor,  # (3, size, size), written
+    ) -> None:
+        size = self.image_processor.size
+        height, width = image.shape[:2]
+        if self.image_processor.image_aspect_ratio == "pad" and width != height:
+            side = max(width, height)
+            left, top = (side - width) // 2, (side - height) // 2
+            row = self.colour.flatten().to(torch.uint8).repeat(side)  # repeating pixels down as well is much slower
+            canvas = row.repeat(side, 1).view(side, side, 3)
+            canvas[top : top + height, left : left + width] = image
+            image, height, width = canvas, side, side
+        new_width, new_height = resized_size(width, height, size)
+        left, top = (new_width - size) // 2, (new_height - size) // 2
+        planes = image.permute(2, 0, 1)[None]  # channels last, as torch's resize of bytes likes them
+        resized = interpolate(planes, (new_height, new_width), mode="bicubic", antialias=True)[0]
+        pixels.copy_(resized[:, top : top + size, left : left + size]).div_(255).sub_(self.mean).div_(self.std)
 
     def _inputs(self, file: Encoded) -> dict[str, np.ndarray]:
-        """A file's bytes and, computed from its sizes, what the pipeline's steps take."""
+        """A file's bytes and, computed from its sizes, what DALI's operators take."""
 
         def numbers(*values: float, dtype: Any = np.float32) -> np.ndarray:
             return np.array(values, dtype=dtype)
 
         inputs = {"file": np.frombuffer(file.data, dtype=np.uint8)}
+        if not self.resized_by_dali:
+            return inputs
         width, height, size = file.width, file.height, self.image_processor.size
         if self.image_processor.image_aspect_ratio == "pad":
             side = max(width, height)
@@ -294,7 +350,28 @@ class DaliPixels:
         from nvidia.dali import Pipeline, fn, types
 
         on_gpu = self.device.type == "cuda"
-        colour = [channel * 255 for channel in self.image_processor.image_mean]
+        pipeline = Pipeline(
+            batch_size=FILES_A_RUN,
+            num_threads=self.threads,
+            device_id=(self.device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=1,
+        )
+        with pipeline:
+            image = fn.decoders.image(
+                fn.external_source(name="file", dtype=types.UINT8, ndim=1),
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB,
+                jpeg_fancy_upsampling=True,  # the CPU's way to restore chroma, on a GPU too
+                adjust_orientation=False,
+                hw_decoder_load=self.hardware_share,
+            )
+            pipeline.set_outputs(self._operators(image) if self.resized_by_dali else image)
+        pipeline.build()
+        return pipeline
+
+    def _operators(self, image: Any) -> Any:
+        """What follows the decoder, in DALI's operators."""
+        from nvidia.dali import fn, types
 
         def given(name: str, dtype: Any = types.FLOAT, ndim: int = 1) -> Any:
             return fn.external_source(name=name, dtype=dtype, ndim=ndim)
@@ -311,45 +388,24 @@ class DaliPixels:
                 dtype=types.FLOAT,
             )
             weights = given(f"{name}.edges", ndim=4)
-            weights = weights.gpu() if on_gpu else weights
+            weights = weights.gpu() if self.device.type == "cuda" else weights
             return fn.cast(line * weights[0] - first * weights[1] - last * weights[2], dtype=types.UINT8)
 
-        threads = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        pipeline = Pipeline(
-            batch_size=FILES_A_RUN,
-            num_threads=max(1, min(8, threads)),
-            device_id=(self.device.index or 0) if on_gpu else None,
-            prefetch_queue_depth=1,
-        )
-        with pipeline:
-            # On a GPU, plain chroma upsampling would differ from the CPU's. The decoding unit of newer GPUs knows no
-            # other, and how much it gets depends on the batch: it gets nothing.
-            image = fn.decoders.image(
-                given("file", dtype=types.UINT8),
-                device="mixed" if on_gpu else "cpu",
-                output_type=types.RGB,
-                jpeg_fancy_upsampling=True,
-                adjust_orientation=False,
-                hw_decoder_load=0.0,
-            )
-            if self.image_processor.image_aspect_ratio == "pad":
-                image = fn.slice(
-                    image,
-                    given("corner", dtype=types.INT32),
-                    given("canvas", dtype=types.INT32),
-                    axes=(0, 1),
-                    out_of_bounds_policy="pad",
-                    fill_values=[int(channel) for channel in colour],
-                )
-            image = resample(image, "widths", image[:, :1], image[:, -1:])
-            image = resample(image, "heights", image[:1], image[-1:])
-            pixels = fn.crop_mirror_normalize(
+        if self.image_processor.image_aspect_ratio == "pad":
+            image = fn.slice(
                 image,
-                dtype=types.FLOAT,
-                mean=colour,
-                std=[deviation * 255 for deviation in self.image_processor.image_std],
-                output_layout="CHW",
+                given("corner", dtype=types.INT32),
+                given("canvas", dtype=types.INT32),
+                axes=(0, 1),
+                out_of_bounds_policy="pad",
+                fill_values=self.colour.flatten().tolist(),
             )
-            pipeline.set_outputs(pixels)
-        pipeline.build()
-        return pipeline
+        image = resample(image, "widths", image[:, :1], image[:, -1:])
+        image = resample(image, "heights", image[:1], image[-1:])
+        return fn.crop_mirror_normalize(
+            image,
+            dtype=types.FLOAT,
+            mean=[channel * 255 for channel in self.image_processor.image_mean],
+            std=[deviation * 255 for deviation in self.image_processor.image_std],
+            output_layout="CHW",
+        )

@@ -1,6 +1,7 @@
 """What both entry points do: read the command line, set up messages, train, and turn a user's mistake into one line."""
 
 import logging
+import os
 import sys
 import time
 
@@ -26,6 +27,10 @@ def run(stage: Stage) -> None:
         if not is_first_on_machine():
             transformers_logging.set_verbosity_error()
         train(config, stage)
+    except ChildProcessError as error:  # this process alone knows; torchrun terminates the others
+        print(f"error: {error} (--data.workers). The same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # a thread may wait for ever for what the dead worker did not send
     except (ValueError, FloatingPointError, SystemExit) as error:
         if not is_first_on_machine():
             time.sleep(1)

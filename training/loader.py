@@ -6,15 +6,17 @@ A global batch is cut into micro-steps of world × B samples (B per process), an
 process; every process runs the same number of micro-steps, and one whose part is empty runs a dummy without supervised
 tokens. Resuming needs the step's number and nothing else.
 
-    steps ─ share ─ lists of indices ─ worker processes: read, tokenise, decode, collate ─ Batch, or BadSample
+    steps ─ share ─ parts ─ worker processes: read, tokenise, decode, collate ─ Loaded: a batch, and what was dropped
 
-Where DALI decodes, the workers read and screen the files, and a thread of the training process turns them into pixels.
+A sample that cannot be used is dropped: another takes its place, which is a pure function of (seed, epoch, index,
+attempt), so that every run of the same data drops and replaces the same. Where DALI decodes, the workers read and
+screen the files, and a thread of the training process turns them into pixels.
 """
 
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,33 +24,37 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from aligngpt.batch import Batch, Example, collate, load_in_order
-from aligngpt.data.llava_json import Sample, image_path
+from aligngpt.batch import Batch, Example, collate, load_in_order, waiting_for_workers
+from aligngpt.data.llava_json import Sample
+from aligngpt.data.records import Records
+from aligngpt.drops import Drop, use_or_drop
 from aligngpt.image import ImageError
 from aligngpt.processor import AlignGPTProcessor
 from aligngpt.text import IGNORE_INDEX, Tokenized
 from training.dali_pipeline import DaliPixels, Picture, read
 
 CHARACTERS_PER_TOKEN = 4  # enough to sort by; nothing else depends on it
-AHEAD = 2  # batches that DALI decodes while the model is at work
-
-
-class BadSampleError(ValueError):
-    """A sample that cannot be trained on; the message names file, record and sample id."""
+ATTEMPTS = 10  # samples tried for one place in a batch
 
 
 @dataclass(frozen=True)
-class BadSample:
-    """What a worker hands over in place of a batch, since an exception would arrive as the text of a traceback."""
+class Part:
+    """What a worker makes a batch of: positions in the order of an epoch's data."""
 
-    message: str
+    epoch: int
+    indices: list[int]
 
 
 @dataclass(frozen=True)
-class Undecoded:
-    """What a worker hands over where DALI decodes: a batch whose pixel_values are (M, 3, 0, 0), and its M pictures."""
+class Loaded:
+    """A micro-batch, and the samples that others stand in for.
 
-    batch: Batch
+    batch: None where `ATTEMPTS` samples in a row could not be used. pictures: where DALI decodes, those of the batch,
+    whose pixel_values are still (M, 3, 0, 0).
+    """
+
+    batch: Batch | None
+    dropped: list[Drop]
     pictures: list[Picture]
 
 
@@ -74,6 +80,11 @@ class Order:
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.num_samples // self.global_batch_size)
+
+    def samples_until(self, step: int) -> int:
+        """How many samples the first `step` steps take; the last one of an epoch takes what is left."""
+        epochs, steps = divmod(step, self.steps_per_epoch)
+        return epochs * self.num_samples + steps * self.global_batch_size
 
     def epoch(self, epoch: int) -> np.ndarray:
         """All indices in the order of an epoch (0, 1, …)."""
@@ -115,12 +126,9 @@ def share(batch: np.ndarray, *, rank: int, world_size: int, per_device: int) -> 
     ]
 
 
-def estimated_lengths(samples: Sequence[Sample], rows_per_image: int) -> list[int]:
-    """About how many tokens each sample has, without a tokenizer."""
-    return [
-        sum(len(turn.text) for turn in sample.turns) // CHARACTERS_PER_TOKEN + rows_per_image * len(sample.images)
-        for sample in samples
-    ]
+def estimated_lengths(records: Records, rows_per_image: int) -> np.ndarray:
+    """(records,) about how many tokens each sample has, without a tokenizer."""
+    return records.num_characters // CHARACTERS_PER_TOKEN + rows_per_image * records.num_images
 
 
 def random_level(seed: int, record: int, num_levels: int) -> int:
@@ -128,89 +136,113 @@ def random_level(seed: int, record: int, num_levels: int) -> int:
     return int(np.random.SeedSequence([seed, record]).generate_state(1)[0]) % num_levels
 
 
+def replacement(seed: int, epoch: int, index: int, attempt: int, num_samples: int) -> int:
+    """Which of the samples takes the place of sample `index`, of which it is attempt 1, 2, …"""
+    drawn = np.random.SeedSequence([seed, epoch, index, attempt]).generate_state(1, np.uint64)[0]
+    return int(drawn % np.uint64(num_samples))
+
+
 # ---------------------------------------------------------------------------------------------------- batches
 
 
-class Samples(Dataset[Batch | Undecoded | BadSample]):
-    """A list of sample indices to a batch. The levels of a run are decided here, so they are data to the model.
+class Samples(Dataset[Loaded]):
+    """The samples of a run, and how a part of them becomes a batch.
 
-    decode_by_dali leaves the pictures to the training process, as `Undecoded`.
+    kept: (samples,) the records that the run takes; None: all of them. levels: (records,) the level of each record,
+    "random", or None where no sample has one. The levels of a run are decided here, so they are data to the model.
+    decode_by_dali leaves the pictures to the training process, where `hardware_decoder` is the share that a GPU's
+    decoding unit gets.
     """
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        records: Records,
         processor: AlignGPTProcessor,
         *,
-        path: str,
-        image_folder: str,
-        levels: str,  # "record", "random" or "none"
+        kept: np.ndarray | None = None,
+        levels: np.ndarray | Literal["random"] | None,
         num_levels: int,
         seed: int,
         decode_by_dali: bool = False,
+        hardware_decoder: float = 0.0,
     ):
-        self.samples = samples
+        self.records = records
         self.processor = processor
-        self.path = path
-        self.image_folder = image_folder
+        self.kept = np.arange(len(records)) if kept is None else kept
         self.levels = levels
         self.num_levels = num_levels
         self.seed = seed
         self.decode_by_dali = decode_by_dali
+        self.hardware_decoder = hardware_decoder
 
-    def __getitem__(self, indices: list[int]) -> Batch | Undecoded | BadSample:
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, part: Part) -> Loaded:
+        return self.load(part, {})
+
+    def load(self, part: Part, refused: Mapping[str, ImageError]) -> Loaded:
+        """The batch of a part. refused: images, by name, that turned out not to decode."""
+
+        def use(sample: Sample) -> tuple[Example, list[Picture]]:
+            for name in sample.images:
+                if name in refused:
+                    raise refused[name]
+            files = [self.records.image(sample, number) for number in range(len(sample.images))]
+            level = self.level(sample)
+            if not self.decode_by_dali:
+                return self.processor.example(sample, files, level=level), []
+            text = self.processor.text(sample)
+            named = zip(files[: text.num_images], sample.images, strict=False)
+            pictures = [read(file, self.processor.image_processor, name=name) for file, name in named]
+            return Example(sample.id, text, torch.empty(len(pictures), 3, 0, 0), level), pictures
+
         examples: list[Example] = []
         pictures: list[Picture] = []
-        for index in indices:
-            sample = self.samples[index]
-            try:
-                level = self.level(sample)
-                if self.decode_by_dali:
-                    text, files = self.processor.text(sample), self.files(sample)
-                    examples.append(Example(sample.id, text, torch.empty(len(files), 3, 0, 0), level))
-                    pictures += files
-                else:
-                    examples.append(self.processor.example(sample, self.image_folder, level=level))
-            except ValueError as error:
-                return BadSample(f"{self.path}: {error}")
+        dropped: list[Drop] = []
+        for index in part.indices:
+            for attempt in range(ATTEMPTS):
+                taken = replacement(self.seed, part.epoch, index, attempt, len(self)) if attempt else index
+                found = use_or_drop(self.records, int(self.kept[taken]), use)
+                if not isinstance(found, Drop):
+                    break
+                dropped.append(found)
+            else:
+                return Loaded(None, dropped, [])
+            examples.append(found[0])
+            pictures += found[1]
         batch = collate(
             examples or [self.dummy()],
             token_ids=self.processor.token_ids,
             rows_per_image=self.processor.rows_per_image,
             image_size=self.side,
         )
-        return Undecoded(batch, pictures) if self.decode_by_dali else batch
+        return Loaded(batch, dropped, pictures)
+
+    def decoded(self, part: Part, loaded: Loaded, pixels: DaliPixels) -> Loaded:
+        """The batch with its pixels. Where a picture does not decode after all, its samples are replaced too."""
+        refused: dict[str, ImageError] = {}
+        while (batch := loaded.batch) is not None:
+            try:
+                decoded = pixels.decode(loaded.pictures)
+            except ImageError as error:
+                refused[error.name] = error
+                loaded = self.load(part, refused)
+            else:
+                return Loaded(dataclasses.replace(batch, pixel_values=decoded), loaded.dropped, [])
+        return loaded
 
     @property
     def side(self) -> int:
         """Height and width of the pixels that leave a worker."""
         return 0 if self.decode_by_dali else self.processor.image_processor.size
 
-    def files(self, sample: Sample) -> list[Picture]:
-        """A sample's pictures for DALI. ValueError names the record and what is wrong with it."""
-        try:
-            paths = [image_path(self.image_folder, name) for name in sample.images]
-        except ValueError as error:
-            raise ValueError(f"{sample.name}: {error}") from error
-        return [read(path, self.processor.image_processor, name=f"{sample.name}: {path}") for path in paths]
-
-    def decoded(self, item: Undecoded, pixels: DaliPixels) -> Batch | BadSample:
-        """The batch with its pixels."""
-        try:
-            return dataclasses.replace(item.batch, pixel_values=pixels.decode(item.pictures))
-        except ImageError as error:
-            return BadSample(f"{self.path}: {error}")
-
     def level(self, sample: Sample) -> int | None:
-        if not sample.images or self.levels == "none":
+        if not sample.images or self.levels is None:
             return None
-        if self.levels == "random":
+        if isinstance(self.levels, str):
             return random_level(self.seed, sample.record, self.num_levels)
-        if sample.level is None:
-            raise ValueError(
-                f"{sample.name} has no align_level; it needs one, or --data.levels random, or a levels file"
-            )
-        return sample.level
+        return int(self.levels[sample.record])
 
     def dummy(self) -> Example:
         """One padding token, no image, nothing supervised."""
@@ -220,32 +252,34 @@ class Samples(Dataset[Batch | Undecoded | BadSample]):
 
 
 def micro_batches(
-    samples: Samples, parts: Iterable[list[int]], *, workers: int, device: torch.device
-) -> Iterator[Batch | BadSample]:
-    """A batch for each list of indices, in order, made ahead of time by `workers` processes.
+    samples: Samples, parts: Sequence[Part], *, workers: int, device: torch.device, prefetch: int
+) -> Iterator[Loaded]:
+    """A batch for each part, in order, made ahead of time by `workers` processes.
 
-    DALI leaves pixels on the device; everything else is on the host.
+    DALI leaves pixels on the device, `prefetch` batches ahead; everything else is on the host.
     """
     loader = load_in_order(samples, parts, workers=workers)
-    return _decoded_ahead(loader, samples, device) if samples.decode_by_dali else loader
+    if not samples.decode_by_dali:
+        return loader
+    return _decoded_ahead(zip(parts, loader, strict=True), samples, device, prefetch)
 
 
 def _decoded_ahead(
-    loader: Iterator[Undecoded | BadSample], samples: Samples, device: torch.device
-) -> Iterator[Batch | BadSample]:
-    """What the loader gives, decoded in order by a thread that keeps `AHEAD` batches in hand.
+    loader: Iterable[tuple[Part, Loaded]], samples: Samples, device: torch.device, prefetch: int
+) -> Iterator[Loaded]:
+    """What the loader gives, decoded in order by a thread that keeps `prefetch` batches in hand.
 
     Nothing waits for the thread: a worker that hangs must not keep the process from ending. Once this is closed, the
     thread ends with the item it is at.
     """
-    pixels = DaliPixels(samples.processor.image_processor, device)
-    ready: queue.Queue[Batch | BadSample | BaseException | None] = queue.Queue(AHEAD)
+    pixels = DaliPixels(samples.processor.image_processor, device, hardware_share=samples.hardware_decoder)
+    ready: queue.Queue[Loaded | BaseException | None] = queue.Queue(prefetch)
     closed = threading.Event()
 
     def work() -> None:
         try:
-            for item in loader:
-                ready.put(samples.decoded(item, pixels) if isinstance(item, Undecoded) else item)
+            for part, loaded in loader:
+                ready.put(samples.decoded(part, loaded, pixels))
                 if closed.is_set():
                     return
             ready.put(None)
@@ -254,7 +288,11 @@ def _decoded_ahead(
 
     threading.Thread(target=work, name="dali", daemon=True).start()
     try:
-        while (item := ready.get()) is not None:
+        while True:
+            with waiting_for_workers():
+                item = ready.get()
+            if item is None:
+                return
             if isinstance(item, BaseException):
                 raise item
             yield item

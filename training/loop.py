@@ -1,7 +1,7 @@
 """A training run from its config to its model: `train` sets it up, `run_steps` is the one loop.
 
 Loss is the sum over supervised tokens divided by their number in the global batch, over all micro-batches and
-processes; it does not depend on how the batch is cut. A sample that cannot be read is agreed on by all processes before
+processes; it does not depend on how the batch is cut. Which samples were dropped is agreed on by all processes before
 the step, so they stop together; the run folder is not touched before the first step's batches are all there.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,14 +23,15 @@ from torch.nn.utils import clip_grad_norm_
 
 from aligngpt.batch import Batch
 from aligngpt.config import AlignGPTConfig
-from aligngpt.data.llava_json import Sample, read_llava_json
+from aligngpt.data.records import Records, check_levels, open_records
 from aligngpt.levels import read_levels, with_levels
 from aligngpt.model import AlignGPTForConditionalGeneration
 from aligngpt.processor import AlignGPTImageProcessor, AlignGPTProcessor
 from training import checkpointing, optim, sharding
-from training.config import LEVEL_WORDS, Stage, TrainConfig
+from training.config import Stage, TrainConfig
 from training.dali_pipeline import why_not_dali
-from training.loader import BadSample, BadSampleError, Order, Samples, estimated_lengths, micro_batches, share
+from training.dropped import BadSampleError, DroppedSamples, reasons
+from training.loader import ATTEMPTS, Order, Part, Samples, estimated_lengths, micro_batches, share
 from training.metrics import Metrics, peak_memory_bytes
 from training.sharding import World
 
@@ -43,6 +45,7 @@ class Step:
     batches: list[Batch]
     tokens: int
     supervised_tokens: int
+    dropped_samples: int  # of the run so far
     data_seconds: float  # this process waited for its loader
 
 
@@ -51,7 +54,7 @@ def train(config: TrainConfig, stage: Stage) -> None:
 
     Raises:
         ValueError: the run folder, a model folder or the data are not what the config needs.
-        BadSampleError: a sample cannot be read; the checkpoints so far stay.
+        BadSampleError: too many samples cannot be used; the checkpoints so far stay.
         FloatingPointError: the gradient is not finite; likewise.
     """
     with sharding.world() as world:
@@ -68,11 +71,15 @@ def train(config: TrainConfig, stage: Stage) -> None:
         samples = read_samples(config, model_config, processor)
         order = make_order(config, samples)
         total_steps = config.max_steps or config.epochs * order.steps_per_epoch
-        plan = [
-            share(batch, rank=world.rank, world_size=world.size, per_device=config.per_device_batch_size)
-            for batch in order.steps(first_step, total_steps)
-        ]
-        steps = read_steps(samples, plan, world, workers=config.data.workers)
+        plan = make_plan(config, order, first_step, total_steps, world)
+        dropped = DroppedSamples(
+            Path(config.run_dir),
+            first_step=first_step,
+            total=order.samples_until(total_steps),
+            max_rate=config.data.max_drop_rate,
+            world=world,
+        )
+        steps = read_steps(config, samples, plan, order, first_step, dropped, world)
         first = list(itertools.islice(steps, 1))
 
         model = make_model(config, model_config, weights, world)
@@ -87,6 +94,8 @@ def train(config: TrainConfig, stage: Stage) -> None:
                 Path(config.run_dir), first_step=first_step, total_steps=total_steps, enabled=world.rank == 0
             )
             held.enter_context(metrics)
+            if world.rank == 0:
+                dropped.start()
             numbered = enumerate(itertools.chain(first, steps), first_step)
             try:
                 run_steps(config, model, optimizer, numbered, total_steps, order.steps_per_epoch, metrics, world)
@@ -143,6 +152,7 @@ def run_steps(
             tokens_per_second=step.tokens / (now - started),
             seconds=now - started,
             data_seconds=step.data_seconds,
+            dropped_samples=step.dropped_samples,
             peak_memory_bytes=peak_memory_bytes(world.device),
         )
         if (number + 1) % config.save_every == 0 or number + 1 == total_steps:
@@ -150,25 +160,50 @@ def run_steps(
         started = time.perf_counter()
 
 
-def read_steps(samples: Samples, plan: list[list[list[int]]], world: World, *, workers: int) -> Iterator[Step]:
-    """The steps of a plan (step, micro-batch, index), in order, each counted over all processes.
+def make_plan(config: TrainConfig, order: Order, first_step: int, total_steps: int, world: World) -> list[list[Part]]:
+    """This process's parts of each step that is left, one for each micro-batch."""
+    plan = []
+    for step, batch in enumerate(order.steps(first_step, total_steps), first_step):
+        lists = share(batch, rank=world.rank, world_size=world.size, per_device=config.per_device_batch_size)
+        plan.append([Part(step // order.steps_per_epoch, indices) for indices in lists])
+    return plan
+
+
+def read_steps(
+    config: TrainConfig,
+    samples: Samples,
+    plan: list[list[Part]],
+    order: Order,
+    first_step: int,
+    dropped: DroppedSamples,
+    world: World,
+) -> Iterator[Step]:
+    """The steps of a plan, in order, each counted over all processes.
 
     Raises:
-        BadSampleError: in every process, when one of them met a bad sample.
+        BadSampleError: in every process, when too many samples cannot be used.
     """
-    loader = micro_batches(samples, itertools.chain.from_iterable(plan), workers=workers, device=world.device)
-    for parts in plan:
+    parts = list(itertools.chain.from_iterable(plan))
+    data = config.data
+    loader = micro_batches(samples, parts, workers=data.workers, device=world.device, prefetch=data.prefetch)
+    for number, step_parts in enumerate(plan, first_step):
         started = time.perf_counter()
-        loaded = list(itertools.islice(loader, len(parts)))
+        loaded = list(itertools.islice(loader, len(step_parts)))
         data_seconds = time.perf_counter() - started
-        batches = [batch for batch in loaded if isinstance(batch, Batch)]
-        bad = [batch.message for batch in loaded if isinstance(batch, BadSample)]
+        batches = [item.batch for item in loaded if item.batch is not None]
+        drops = [drop for item in loaded for drop in item.dropped]
         tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
         supervised = sum(batch.num_supervised for batch in batches)
-        tokens, supervised, all_bad = (int(number) for number in world.add(tokens, supervised, len(bad)))
-        if all_bad:
-            raise BadSampleError("\n".join(message for messages in world.gather(bad) for message in messages))
-        yield Step(batches, tokens, supervised, data_seconds)
+        counts = world.add(tokens, supervised, len(drops), len(loaded) - len(batches))
+        tokens, supervised, num_drops, failed = map(int, counts)
+        if num_drops:
+            drops = [drop for part in world.gather(drops) for drop in part]
+            dropped.step(number, drops, taken=order.samples_until(number + 1))
+        if failed:
+            raise BadSampleError(
+                f"{samples.records.path}: {ATTEMPTS} samples in a row cannot be used. {reasons(dropped.drops)}"
+            )
+        yield Step(batches, tokens, supervised, len(dropped.drops), data_seconds)
 
 
 def with_decoder(config: TrainConfig, world: World) -> TrainConfig:
@@ -213,30 +248,40 @@ def make_processor(config: TrainConfig, model_config: AlignGPTConfig) -> AlignGP
 
 
 def read_samples(config: TrainConfig, model_config: AlignGPTConfig, processor: AlignGPTProcessor) -> Samples:
-    """The records of `--data.path`, checked; without those whose pair the levels file sets aside."""
+    """The records of `--data.path`, and which of them have which level; without those that a levels file sets aside."""
     data = config.data
-    num_levels = model_config.num_align_levels
-    aligns = model_config.align_mode != "none"  # otherwise there is no <align> and nothing to look up
-    records = read_llava_json(data.path, num_levels=num_levels if aligns and data.levels == "record" else None)
-    if not records:
+    records = open_records(data.path, data.image_folder or None)
+    if not len(records):
         raise ValueError(f"--data.path is {data.path}, which holds no records; it needs at least one")
-    levels = data.levels
-    if levels not in LEVEL_WORDS:
-        records, levels = levels_from_file(records, levels, num_levels), "record"
+    num_levels = model_config.num_align_levels
+    kept: np.ndarray | None = None
+    levels: np.ndarray | Literal["random"] | None
+    if data.levels == "none" or model_config.align_mode == "none":  # without <align> there is nothing to look up
+        levels = None
+    elif data.levels == "random":
+        levels = "random"
+    elif data.levels == "record":
+        try:
+            check_levels(records, num_levels)
+        except ValueError as error:
+            raise ValueError(f"{error}; --data.levels random or a levels file does without") from error
+        levels = records.levels
+    else:
+        kept, levels = levels_from_file(records, data.levels, num_levels)
     return Samples(
         records,
         processor,
-        path=data.path,
-        image_folder=data.image_folder,
-        levels=levels if aligns else "none",
+        kept=kept,
+        levels=levels,
         num_levels=num_levels,
         seed=config.seed,
         decode_by_dali=data.decoder == "dali",
+        hardware_decoder=data.hardware_decoder,
     )
 
 
-def levels_from_file(records: list[Sample], path: str, num_levels: int) -> list[Sample]:
-    """The records with the levels of a file that `aligngpt levels` made, without those that it sets aside.
+def levels_from_file(records: Records, path: str, num_levels: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `with_levels` makes of a file that `aligngpt levels` wrote.
 
     Raises:
         ValueError: the file is of other data, of another number of levels, or lacks the level of a record.
@@ -246,22 +291,22 @@ def levels_from_file(records: list[Sample], path: str, num_levels: int) -> list[
         raise ValueError(
             f"--data.levels is {path}, which has {levels.num_levels} levels; it needs the model's {num_levels}"
         )
-    kept, set_aside = with_levels(records, levels)
-    if set_aside:
-        logger.info("%d of %d samples are left out: %s sets them aside", set_aside, len(records), path)
-    return kept
+    kept, of_records = with_levels(records, levels)
+    if len(kept) < len(records):
+        logger.info("%d of %d samples are left out: %s sets them aside", len(records) - len(kept), len(records), path)
+    return kept, of_records
 
 
 def make_order(config: TrainConfig, samples: Samples) -> Order:
     """In which order the run's samples come."""
-    records = samples.samples
+    records, kept = samples.records, samples.kept
     return Order(
-        len(records),
+        len(samples),
         config.global_batch_size,
         config.seed,
         config.data.order,
-        lengths=estimated_lengths(records, samples.processor.rows_per_image),
-        has_image=[bool(record.images) for record in records],
+        lengths=estimated_lengths(records, samples.processor.rows_per_image)[kept],
+        has_image=(records.num_images > 0)[kept],
     )
 
 

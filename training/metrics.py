@@ -2,7 +2,8 @@
 
 A line holds: step (from 1), epoch, loss (sum over supervised tokens / their number, over the global batch), lr,
 grad_norm (before clipping), tokens (all but padding), supervised_tokens, tokens_per_second, seconds, data_seconds
-(waiting for the loader, on rank 0), peak_memory_bytes (of rank 0's device, or of its process on a CPU).
+(waiting for the loader, on rank 0), dropped_samples (so far), peak_memory_bytes (of rank 0's device, or of its process
+on a CPU).
 """
 
 import json
@@ -27,7 +28,7 @@ class Metrics:
             return
         from tqdm import tqdm
 
-        _drop_lines_from(run_dir / FILE, first_step)
+        rewrite(run_dir / FILE, lines_until(run_dir / FILE, first_step))
         self.file = (run_dir / FILE).open("a", encoding="utf-8")
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr)
 
@@ -57,15 +58,19 @@ def peak_memory_bytes(device: torch.device) -> int:
     return kibibytes_or_bytes if sys.platform == "darwin" else kibibytes_or_bytes * 1024
 
 
-def _drop_lines_from(path: Path, first_step: int) -> None:
-    """Keep the lines of the first `first_step` steps: a resumed run writes the later ones again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > first_step:
-            break
-        kept.append(line)
+def lines_until(path: Path, step: int) -> list[str]:
+    """The lines of the steps up to `step` (from 1), which a run that goes on after it keeps; [] without a file."""
+    kept: list[str] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
+    return kept
+
+
+def rewrite(path: Path, lines: list[str]) -> None:
+    """Put these lines in the file's place."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_text("".join(lines), encoding="utf-8")
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""LLaVA's JSON files and an image folder to samples.
+"""LLaVA's JSON files and an image folder to samples; JSON lines are the same records, one a line.
 
     [{"id": "000000033471", "image": "coco/000000033471.jpg", "align_level": 5,
       "conversations": [{"from": "human", "value": "<image>\\nWhat is shown?"}, {"from": "gpt", "value": "A bus."}]}, …]
@@ -6,13 +6,15 @@
 Reads LLaVA's own files (`blip_laion_cc_sbu_558k.json`, `llava_v1_5_mix665k.json`) as they are: ids may be numbers and
 may repeat, text-only records have no "image", "image" may be a list, unknown keys ("model", …) are ignored. As in the
 public code, gpt turns before the first human one are dropped: ShareGPT conversations cut out of longer ones begin so.
-"align_level" is the stage-1 level of the pair, absent in stage 2. In a record without an image `<image>` is a word like
-any other, unless a human turn begins or ends with it: then the image is missing, which is an error.
+"align_level" is the stage-1 level of the pair, absent in stage 2. `<image>` marks count in human turns; elsewhere, and
+in a record without an image, it is a word like any other, unless a human turn begins or ends with it: then the image is
+missing.
 
-Everything about a record that can be wrong without opening its image is refused while reading, with the file, the
-record's number (from 0, as a list index) and what was wanted. `image_path` is the one way from a name in the data to a
-file: nothing outside the image folder is ever opened. The whole file is parsed at once; the 665K records are 1 GB of
-JSON.
+What is no record of this form is refused while reading, with the file, the record's number (from 0, as a list index)
+and what was wanted. A record of this form that nothing can be learned from, because its conversation is empty, its
+roles are out of order or its marks are not as many as its images, becomes a sample with a `problem`, which training
+drops. `image_path` is the one way from a name in the data to a file: nothing outside the image folder is ever opened.
+The whole file is parsed at once; the 665K records are 1 GB of JSON (`aligngpt pack` makes shards of them).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,18 +34,23 @@ _ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
     "human": "user",
     "gpt": "assistant",
 }
+_MOST_LEVEL = 2**31 - 1
 _UNUSABLE = re.compile("[\x00\ud800-\udfff\ufdd0\ufdd1]")
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One conversation. `images` are names below the image folder, one per `<image>` mark, in order."""
+    """One conversation. `images` are names below the image folder, one per `<image>` mark, in order.
+
+    problem: why it cannot be learned from, None if it can.
+    """
 
     id: str
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
     level: int | None
     record: int
+    problem: str | None = None
 
     @property
     def name(self) -> str:
@@ -51,33 +58,58 @@ class Sample:
         return f"record {self.record} (id {self.id})"
 
 
-def read_llava_json(path: str | os.PathLike[str], *, num_levels: int | None = None) -> list[Sample]:
+def read_llava_json(path: str | os.PathLike[str]) -> list[Sample]:
     """All samples of a LLaVA JSON file, in file order.
 
-    num_levels: N; a record's "align_level" must then lie in 0..N-1 (without it, be a whole number from 0).
-
-    ValueError, naming the file and the line or record: no UTF-8 or no JSON, not a list of objects, a missing or empty
-    conversation, a wrong type, roles out of order, no gpt turn, a level out of range, marks and images that differ in
-    number, `<image>` outside a human turn, NUL, lone surrogates and the noncharacters U+FDD0 and U+FDD1.
+    ValueError, naming the file and the line or record: no UTF-8 or no JSON, not a list of objects, no conversation, a
+    wrong type, an unknown role, a level below 0, NUL, lone surrogates and the noncharacters U+FDD0 and U+FDD1.
     """
-    path = Path(path)
-    data = path.read_bytes()
+    return [parse_record(record, number, where) for number, (record, where) in enumerate(json_records(path))]
+
+
+def read_llava_jsonl(path: str | os.PathLike[str]) -> list[Sample]:
+    """All samples of a file with a record in each line, in file order; blank lines are skipped.
+
+    ValueError: as `read_llava_json`, naming the line.
+    """
+    return [parse_record(record, number, where) for number, (record, where) in enumerate(jsonl_records(path))]
+
+
+def json_records(path: str | os.PathLike[str]) -> Iterator[tuple[Any, str]]:
+    """What a LLaVA JSON file lists, parsed and no more, each with what errors call it (for `parse_record`)."""
+    records = parse_json(Path(path).read_bytes(), path, "a JSON list of records")
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: holds {_kind(records)}; needs a list of records")
+    for number, record in enumerate(records):
+        yield record, f"{path}: record {number}"
+
+
+def jsonl_records(path: str | os.PathLike[str]) -> Iterator[tuple[Any, str]]:
+    """The same of a file with a record in each line."""
+    number = 0
+    with open(path, "rb") as file:
+        for line_number, line in enumerate(file, 1):
+            if line.strip():
+                record = parse_json(line.rstrip(), path, "a JSON object", line_number)
+                yield record, f"{path}: line {line_number}: record {number}"
+                number += 1
+
+
+def parse_json(data: bytes, path: str | os.PathLike[str], needs: str, first_line: int = 1) -> Any:
+    """What JSON in UTF-8 holds. ValueError naming the file and the line: it is none; needs: what it should be."""
     try:
-        records = json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = data.count(b"\n", 0, error.start) + first_line
         raise ValueError(
             f"{path}: line {line}: byte {error.start} is not UTF-8 ({error.reason}); needs UTF-8"
         ) from error
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; needs a JSON list"
-        ) from error
+        line = error.lineno + first_line - 1
+        raise ValueError(f"{path}: line {line}, column {error.colno}: {error.msg}; needs {needs}") from error
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
-        raise ValueError(f"{path}: {error}; needs a JSON list of records") from error
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: holds {_kind(records)}; needs a list of records")
-    return [_sample(record, number, f"{path}: record {number}", num_levels) for number, record in enumerate(records)]
+        line_or_file = path if b"\n" in data else f"{path}: line {first_line}"
+        raise ValueError(f"{line_or_file}: {error}; needs {needs}") from error
 
 
 def image_path(root: str | os.PathLike[str], name: str) -> Path:
@@ -100,7 +132,8 @@ def image_path(root: str | os.PathLike[str], name: str) -> Path:
     return path
 
 
-def _sample(record: Any, number: int, where: str, num_levels: int | None) -> Sample:
+def parse_record(record: Any, number: int, where: str) -> Sample:
+    """The sample of a parsed JSON record. number: its position; where: what errors call it."""
     if not isinstance(record, dict):
         raise ValueError(f"{where} is {_kind(record)}; needs an object")
     id = record.get("id", number)
@@ -117,36 +150,35 @@ def _sample(record: Any, number: int, where: str, num_levels: int | None) -> Sam
     for image in images:
         _check_text(image, "'image'", where)
 
-    turns = _turns(record, where, bool(images))
-    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns) if images else _meant(turns)
-    if marks != len(images):
-        raise ValueError(
-            f"{where}: the text has {marks} {IMAGE_MARK} marks; needs one for each of {len(images)} images"
-        )
+    turns, problem = _turns(record, where)
+    asked = [turn.text for turn in turns if turn.role == "user"]
+    marks = sum(text.count(IMAGE_MARK) for text in asked) if images else _meant(asked)
+    if marks != len(images) and problem is None:
+        problem = f"the text has {marks} {IMAGE_MARK} marks; needs one for each of {len(images)} images"
 
     level = record.get("align_level")
     if level is not None:
-        wanted = "a whole number from 0" if num_levels is None else f"a whole number in 0..{num_levels - 1}"
         if isinstance(level, bool) or not isinstance(level, int):
-            raise ValueError(f"{where}: 'align_level' is {_kind(level)}; needs {wanted}")
-        if level < 0 or (num_levels is not None and level >= num_levels):
-            raise ValueError(f"{where}: 'align_level' is {level}; needs {wanted}")
-    return Sample(id, tuple(images), turns, level, number)
+            raise ValueError(f"{where}: 'align_level' is {_kind(level)}; needs a whole number from 0")
+        if not 0 <= level <= _MOST_LEVEL:
+            raise ValueError(f"{where}: 'align_level' is {_kind(level)}; needs a whole number from 0 to {_MOST_LEVEL}")
+    return Sample(id, tuple(images), turns, level, number, problem)
 
 
-def _meant(turns: tuple[Turn, ...]) -> int:
-    """Turns of a record without an image in which `<image>` stands where LLaVA puts it: one was meant."""
-    texts = [turn.text.strip() for turn in turns if turn.role == "user"]
-    return sum(text.startswith(IMAGE_MARK) or text.endswith(IMAGE_MARK) for text in texts)
+def _meant(asked: list[str]) -> int:
+    """Human turns of a record without an image in which `<image>` stands where LLaVA puts it: one was meant."""
+    return sum(text.strip().startswith(IMAGE_MARK) or text.strip().endswith(IMAGE_MARK) for text in asked)
 
 
-def _turns(record: dict[str, Any], where: str, has_images: bool) -> tuple[Turn, ...]:
+def _turns(record: dict[str, Any], where: str) -> tuple[tuple[Turn, ...], str | None]:
+    """The turns, and why nothing can be learned from them."""
     if "conversations" not in record:
         raise ValueError(f"{where} has no 'conversations'; needs a list of {{'from', 'value'}}")
     messages = record["conversations"]
-    if not isinstance(messages, list) or not messages:
-        got = _kind(messages) if messages != [] else "empty"
-        raise ValueError(f"{where}: 'conversations' is {got}; needs a list of {{'from', 'value'}}")
+    if not isinstance(messages, list):
+        raise ValueError(f"{where}: 'conversations' is {_kind(messages)}; needs a list of {{'from', 'value'}}")
+    if not messages:
+        return (), "the conversation is empty"
     turns: list[Turn] = []
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
@@ -157,8 +189,6 @@ def _turns(record: dict[str, Any], where: str, has_images: bool) -> tuple[Turn, 
         if not isinstance(value, str):
             raise ValueError(f"{where}: 'value' of turn {index} is {_kind(value)}; needs a string")
         _check_text(value, f"'value' of turn {index}", where)
-        if has_images and speaker != "human" and IMAGE_MARK in value:
-            raise ValueError(f"{where}: turn {index} ({speaker}) holds {IMAGE_MARK}; only human turns may")
         turns.append(Turn(_ROLES[speaker], value))
 
     system = turns[:1] if turns[0].role == "system" else []
@@ -166,13 +196,11 @@ def _turns(record: dict[str, Any], where: str, has_images: bool) -> tuple[Turn, 
     first = next((index for index, turn in enumerate(spoken) if turn.role == "user"), len(spoken))
     if all(turn.role == "assistant" for turn in spoken[:first]):
         spoken = spoken[first:]
-    speakers = [message["from"] for message in messages]
     wanted = ["user" if index % 2 == 0 else "assistant" for index in range(len(spoken))]
     if len(spoken) < 2 or [turn.role for turn in spoken] != wanted:
-        raise ValueError(
-            f"{where}: the turns are from {speakers}; needs human and gpt in turn, with one answer at least"
-        )
-    return (*system, *spoken)
+        speakers = [message["from"] for message in messages]
+        return tuple(turns), f"the turns are from {speakers}; needs human and gpt in turn, with one answer at least"
+    return (*system, *spoken), None
 
 
 def _check_text(text: str, what: str, where: str) -> None:

@@ -1,13 +1,17 @@
 """Parquet files that say something about a data set, and the hash that says which data set that is.
 
-    scores.parquet   `aligngpt score`:  a row for each image-text pair
-    levels.parquet   `aligngpt levels`: the same rows, with a level each
+    SCORES/           `aligngpt score`:  a folder of part-000000.parquet, …, and manifest.json, which is written last
+    levels.parquet    `aligngpt levels`: a row for each of theirs, with a level
 
-What a file is and how it was made stands in its schema's metadata as one JSON object, under the key "aligngpt"; its
-"kind" is "scores" or "levels". The column "record" is the position of a pair's sample in its data, from 0.
+A row is an image-text pair; the column "record" is the position of its sample in the data, from 0, and rows ascend by
+it. What a file is and how it was made stands in its schema's metadata as one JSON object, under the key "aligngpt"; its
+"kind" is "scores" or "levels". Pages carry checksums, so damage is found when a file is read.
 
-The commands that make them ask `prepare_outputs` first, so that hours of work do not end at a name, and write every
-file whole or not at all.
+manifest.json says that a scoring is finished. It holds the parts' metadata, names, counts, and for each part its rows
+and SHA-256; `read_part` refuses a part that isn't the one it names.
+
+The commands that make them ask `prepare_outputs` or `prepare_folder` first, so that hours of work do not end at a name,
+and write every file whole or not at all.
 """
 
 from __future__ import annotations
@@ -16,16 +20,17 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from .llava_json import Sample
 
 if TYPE_CHECKING:
     import pyarrow
 
+MANIFEST = "manifest.json"
 _KEY = b"aligngpt"
 
 
@@ -44,6 +49,9 @@ def data_hash(samples: Iterable[Sample]) -> str:
     return digest.hexdigest()
 
 
+# ---------------------------------------------------------------------------------------------------- places to write
+
+
 def prepare_outputs(outputs: Iterable[tuple[str, str]], read: Iterable[str]) -> None:
     """Make the folders that a command will write to, before it does any work.
 
@@ -58,36 +66,34 @@ def prepare_outputs(outputs: Iterable[tuple[str, str]], read: Iterable[str]) -> 
         uses[file.resolve()] = "already written"
         if file.is_dir():
             raise ValueError(f"{flag} would write {path}, which is a folder; it needs the name of a file")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=file.parent):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"{flag} would write {path}, but {file.parent} takes no files ({error.strerror}); "
-                "it needs a folder that can be written to"
-            ) from error
+        _make_folder(file.parent, f"{flag} would write {path}, but {file.parent}")
 
 
-def write_table(path: str | os.PathLike[str], table: pyarrow.Table, metadata: dict[str, Any]) -> None:
-    """Write a table and what it is."""
-    import pyarrow.parquet
+def prepare_folder(flag: str, path: str, read: Iterable[str]) -> None:
+    """Make the folder that a command will write its files to.
 
-    with _whole(path) as temporary:
-        described = table.replace_schema_metadata({_KEY: json.dumps(metadata).encode()})
-        pyarrow.parquet.write_table(described, temporary)
+    ValueError: it is a file, or is read by the command, or takes no files.
+    """
+    if Path(path).resolve() in {Path(other).resolve() for other in read}:
+        raise ValueError(f"{flag} would write into {path}, which is read here; it needs another name")
+    if Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f"{flag} would write into {path}, which is a file; it needs the name of a folder")
+    _make_folder(Path(path), f"{flag} would write into {path}, but it")
 
 
-def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = None) -> None:
-    """Write JSON, without any blanks unless `indent` is given."""
-    separators = (",", ":") if indent is None else None
-    with _whole(path) as temporary:
-        text = json.dumps(content, ensure_ascii=False, indent=indent, separators=separators)
-        temporary.write_text(text + "\n", encoding="utf-8")
+def _make_folder(folder: Path, who: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{who} takes no files ({error.strerror}); it needs a folder that can be written to"
+        ) from error
 
 
 @contextmanager
-def _whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A name ending in .tmp to write to; it becomes `path` when all went well and is removed when not."""
     temporary = Path(f"{os.fspath(path)}.tmp")
     try:
@@ -97,21 +103,133 @@ def _whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def read_table(path: str | os.PathLike[str], kind: str) -> tuple[pyarrow.Table, dict[str, Any]]:
-    """A table that `write_table` wrote, and its metadata, whose "kind" must be `kind`.
+def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = None) -> None:
+    """Write JSON, without any blanks unless `indent` is given."""
+    separators = (",", ":") if indent is None else None
+    with whole_file(path) as temporary:
+        text = json.dumps(content, ensure_ascii=False, indent=indent, separators=separators)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
-    ValueError: no Parquet file, or another kind of file. OSError: it cannot be read.
-    """
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def described(schema: pyarrow.Schema, metadata: Mapping[str, Any]) -> pyarrow.Schema:
+    """The schema of a file that says what it is."""
+    return schema.with_metadata({_KEY: json.dumps(metadata).encode()})
+
+
+def write_table(path: str | os.PathLike[str], table: pyarrow.Table, metadata: Mapping[str, Any]) -> None:
+    """Write a table and what it is."""
     import pyarrow.parquet
 
+    with whole_file(path) as temporary:
+        table = table.replace_schema_metadata(described(table.schema, metadata).metadata)
+        pyarrow.parquet.write_table(table, temporary, write_page_checksum=True)
+
+
+def read_table(
+    path: str | os.PathLike[str], kind: str, columns: Sequence[str] | None = None
+) -> tuple[pyarrow.Table, dict[str, Any]]:
+    """Columns of a table that `write_table` wrote (default: all), and its metadata, whose "kind" must be `kind`.
+
+    ValueError: no Parquet file, damaged, another kind of file. OSError: it cannot be read.
+    """
     with open(path, "rb") as file:
-        try:
-            table = pyarrow.parquet.read_table(file)
-            metadata = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
-        except (ValueError, OSError) as error:  # pyarrow raises either for damaged content
-            raise ValueError(f"{path} is no Parquet file ({error}); it needs to be one made by `aligngpt`") from error
-    if metadata.get("kind") != kind:
-        found = f"holds {metadata['kind']}" if "kind" in metadata else "was not made by aligngpt"
-        maker = {"scores": "score"}.get(kind, kind)
-        raise ValueError(f"{path} {found}; it needs {kind}, made by `aligngpt {maker}`")
-    return table, metadata
+        return _parsed(file, path, kind, columns)
+
+
+def _parsed(
+    file: IO[bytes] | pyarrow.BufferReader, path: str | os.PathLike[str], kind: str, columns: Sequence[str] | None
+) -> tuple[pyarrow.Table, dict[str, Any]]:
+    import pyarrow.parquet
+
+    try:
+        parquet = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+        metadata = json.loads((parquet.schema_arrow.metadata or {}).get(_KEY, b"{}"))
+        metadata = metadata if isinstance(metadata, dict) else {}
+        if metadata.get("kind") == kind:
+            return parquet.read(columns), metadata
+    except (ValueError, OSError, RecursionError) as error:  # pyarrow raises the first two for damaged content
+        raise ValueError(f"{path} is no Parquet file ({error}); it needs to be one made by `aligngpt`") from error
+    found = f"holds {metadata['kind']}" if "kind" in metadata else "was not made by aligngpt"
+    maker = {"scores": "score"}.get(kind, kind)
+    raise ValueError(f"{path} {found}; it needs {kind}, made by `aligngpt {maker}`")
+
+
+# ---------------------------------------------------------------------------------------------------- scores in parts
+
+
+def part_name(number: int) -> str:
+    """The file of a part, by its number from 0."""
+    return f"part-{number:06d}.parquet"
+
+
+def write_manifest(
+    folder: str | os.PathLike[str], about: Mapping[str, Any], num_parts: int, names: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Read the parts of a scoring and write manifest.json, which says that it is finished; returns what it says.
+
+    about: the metadata of every part; names: what the manifest says beyond it, in the sections "data" and "model".
+    ValueError: a part that is damaged or has other metadata.
+    """
+    parts, counts = [], {"rows": 0, "problems": 0, "truncated": 0}
+    for number in range(num_parts):
+        path = Path(folder) / part_name(number)
+        content = path.read_bytes()
+        table, found = _parsed(_buffer(content), path, "scores", ["truncated", "problem"])
+        if found != about:
+            raise ValueError(f"{path} belongs to another scoring; it needs to be removed and scored again")
+        parts.append({"file": path.name, "rows": len(table), "sha256": hashlib.sha256(content).hexdigest()})
+        counts["rows"] += len(table)
+        counts["problems"] += len(table) - table["problem"].null_count
+        counts["truncated"] += table["truncated"].to_numpy().sum().item()
+    manifest = {
+        **about,
+        **{section: {**about.get(section, {}), **more} for section, more in names.items()},
+        "text": {**about.get("text", {}), "truncated": counts["truncated"]},
+        "rows": counts["rows"],
+        "problems": counts["problems"],
+        "parts": parts,
+    }
+    write_json(Path(folder) / MANIFEST, manifest, indent=1)
+    return manifest
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a finished scoring. ValueError: there is none, or it is damaged."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        what = "has no manifest.json" if Path(folder).is_dir() else "is no folder"
+        raise ValueError(f"{folder} {what}; it needs to be the folder of a finished `aligngpt score`")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        good = manifest["kind"] == "scores" and [part["file"] for part in manifest["parts"]] == [
+            part_name(number) for number in range(len(manifest["parts"]))
+        ]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); it needs to be one that `aligngpt score` wrote") from error
+    if not good:
+        raise ValueError(f"{path} is not about scores in parts; it needs to be one that `aligngpt score` wrote")
+    return manifest
+
+
+def read_part(
+    folder: str | os.PathLike[str], manifest: Mapping[str, Any], number: int, columns: Sequence[str]
+) -> pyarrow.Table:
+    """Columns of a part. ValueError: it isn't the file that the manifest names. OSError: it cannot be read."""
+    path = Path(folder) / part_name(number)
+    content = path.read_bytes()
+    stated = manifest["parts"][number]
+    if hashlib.sha256(content).hexdigest() != stated["sha256"]:
+        raise ValueError(
+            f"{path} is not the file that {MANIFEST} names: its SHA-256 differs; remove both and give the "
+            "`aligngpt score` command again"
+        )
+    return _parsed(_buffer(content), path, "scores", columns)[0]
+
+
+def _buffer(content: bytes) -> pyarrow.BufferReader:
+    import pyarrow
+
+    return pyarrow.BufferReader(content)

@@ -1,6 +1,7 @@
 """aligngpt.image: equal to the recorded pre-processing, and safe with files that are not what they seem."""
 
 import io
+import pickle
 import struct
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from aligngpt.image import MAX_PIXELS, ImageError, open_image, preprocess, resized_size
+from aligngpt.image import HEADER_BYTES, MAX_BYTES, MAX_PIXELS, ImageError, open_image, preprocess, resized_size
 
 RECORDED = np.load(Path(__file__).parents[1] / "data" / "oracle" / "image_preprocess.npz")
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -110,7 +111,7 @@ def test_fault_3_truncated(form, share):
         (None, "no such file"),  # 13
     ],
 )
-def test_refused_file(tmp_path, content, message):
+def test_fault_1_2_4_5_13_refused_file(tmp_path, content, message):
     path = tmp_path / "photo.jpg"
     if content is not None:
         path.write_bytes(content)
@@ -118,38 +119,106 @@ def test_refused_file(tmp_path, content, message):
         open_image(path)
 
 
-def png_bomb(side):
-    """A valid PNG of side × side black pixels, 1 bit each, in a few kilobytes."""
+def test_an_error_has_its_parts_and_survives_a_worker():
+    with pytest.raises(ImageError, match=r"^coco/1\.jpg: not an image \(it is empty\)") as caught:
+        open_image(b"", name="coco/1.jpg")
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert (error.name, str(error)) == ("coco/1.jpg", f"coco/1.jpg: {error.why}")
 
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    packer = zlib.compressobj(9)
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(side, before=b""):
+    """A valid PNG of side × side black pixels, 1 bit each, with chunks before its pixels."""
+    packer = zlib.compressobj(1)
     row = bytes(1 + (side + 7) // 8)
     rows = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + before + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("side", [10_000, 20_000])
-def test_fault_11_fault_12_bombs_are_refused_from_the_header(tmp_path, side):
-    """100 and 400 megapixels; in a process of its own, so that its peak memory is this file's."""
-    path = tmp_path / "bomb.png"
-    path.write_bytes(png_bomb(side))
+def with_bytes(data, place, new):
+    return data[:place] + new + data[place + len(new) :]
+
+
+def tiff(side, num_strips=1):
+    """One strip's place and length, or as many as fill the file with its tags."""
+    shorts = struct.pack("<H", 300) * (2 * num_strips)
+    tags = [(256, 4, 1, side), (257, 4, 1, side), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
+    tags += [(273, 3, num_strips, 300), (277, 3, 1, 1), (278, 4, 1, 1), (279, 3, num_strips, 300)]
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return head.ljust(300, b"\0") + shorts
+
+
+def bombs(side):
+    """Files that claim side × side pixels."""
+    picture = Image.new("RGB", (64, 64))
+    jpeg, lossy, lossless = encoded(picture, "JPEG"), encoded(picture, "WEBP"), encoded(picture, "WEBP", lossless=True)
+    animation = encoded(picture, "WEBP", save_all=True, append_images=[Image.new("RGB", (64, 64), "red")])
+    webp = min(side, 16383)  # what its headers can say
+    bits = struct.unpack("<I", lossless[21:25])[0] >> 28 << 28 | (webp - 1) << 14 | (webp - 1)
+    return {
+        "png": png(side),
+        "jpg": with_bytes(jpeg, jpeg.index(b"\xff\xc0") + 5, struct.pack(">HH", side, side)),
+        "gif": with_bytes(encoded(picture, "GIF"), 6, struct.pack("<HH", side, side)),
+        "webp": with_bytes(lossy, lossy.index(b"\x9d\x01\x2a") + 3, struct.pack("<HH", webp, webp)),
+        "lossless.webp": with_bytes(lossless, 21, struct.pack("<I", bits)),
+        "animated.webp": with_bytes(animation, 24, 2 * (webp - 1).to_bytes(3, "little")),
+        "tiff": tiff(side),
+        "bmp": with_bytes(encoded(picture, "BMP"), 18, struct.pack("<ii", side, side)),
+        "ppm": with_bytes(encoded(picture, "PPM"), 0, b"P6 %d %d 255\n" % (side, side)),
+    }
+
+
+def test_fault_11_fault_12_no_file_takes_more_than_100_megabytes_to_refuse(tmp_path):
+    """Bombs of 100 and 400 megapixels (WebP: 268, all it can say), and small pictures with too much around them.
+
+    In a process of its own, so that its peak memory is these files'.
+    """
+    files = {f"{side}.{form}": data for side in (10_000, 20_000) for form, data in bombs(side).items()}
+    expected = dict.fromkeys(files, f"at most {MAX_PIXELS} are decoded")
+    too_much = {
+        "profile.png": png(8, chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(1 << 28), 9))),
+        "comment.png": png(8, chunk(b"tEXt", b"x\0" + bytes(HEADER_BYTES))),
+        "segments.jpg": encoded(noise(), "JPEG")[:2] + (b"\xff\xe1\xff\xff" + bytes(65533)) * 80,
+        "tags.tiff": tiff(64, 4_000_000),
+    }
+    files |= too_much
+    expected |= dict.fromkeys(too_much, f"more than {HEADER_BYTES} bytes before its pixels")
+    expected["profile.png"] = "Decompressed data too large"
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with open(tmp_path / "sparse.jpg", "wb") as file:
+        file.write(encoded(noise(), "JPEG")[:-2])
+        file.truncate(10 << 30)
+    expected["sparse.jpg"] = f"{10 << 30} bytes; at most {MAX_BYTES} are read"
+
     code = """
 import resource, sys
 from aligngpt.image import ImageError, open_image
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    open_image(sys.argv[1])
-except ImageError as error:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
+for path in sys.argv[1:]:
+    try:
+        open_image(path)
+    except ImageError as error:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    rise_kib, message = done.stdout.split(" ", 1)
-    assert f"{path}: " in message
-    assert f"at most {MAX_PIXELS} are decoded" in message
-    assert int(rise_kib) < 100 * 1024
+    paths = [str(tmp_path / name) for name in expected]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
+    for line, (name, says) in zip(done.stdout.splitlines(), expected.items(), strict=True):
+        rise_kib, message = line.split(" ", 1)
+        assert message.startswith(f"{tmp_path / name}: ")
+        assert says in message
+        assert int(rise_kib) < 100 * 1024, message
+
+
+def test_metadata_of_an_ordinary_size_is_no_obstacle():
+    picture = noise(400, 300)
+    for form, size in (("JPEG", 3 << 20), ("WEBP", 3 << 20), ("TIFF", 1 << 20), ("PNG", 1 << 19)):
+        with_profile = encoded(picture, form, icc_profile=bytes(size))
+        assert open_image(with_profile).size == (400, 300)
 
 
 @pytest.mark.parametrize("aspect", ["square", "pad"])
@@ -157,7 +226,7 @@ def test_fault_10_extreme_shapes(aspect):
     one = preprocess(Image.new("RGB", (1, 1), (255, 0, 51)), size=56, mean=MEAN, std=STD, aspect=aspect)
     expected = (torch.tensor([1.0, 0.0, 0.2]) - torch.tensor(MEAN)) / torch.tensor(STD)
     assert torch.allclose(one, expected[:, None, None].expand(3, 56, 56))
-    with pytest.raises(ImageError, match="image of 1×20000 is too long"):
+    with pytest.raises(ImageError, match="image: 1×20000 is too long"):
         preprocess(Image.new("RGB", (1, 20_000)), size=336, mean=MEAN, std=STD, aspect=aspect)
 
 

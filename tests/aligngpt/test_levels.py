@@ -1,6 +1,7 @@
 """aligngpt.levels: which pair gets which level, which data a file belongs to, and what the command leaves."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +10,15 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from aligngpt import levels as levels_module
 from aligngpt.cli import main
 from aligngpt.data.llava_json import read_llava_json
-from aligngpt.data.tables import data_hash, read_table, write_table
+from aligngpt.data.records import open_records
+from aligngpt.data.tables import data_hash, part_name, read_table, write_manifest, write_table
 from aligngpt.levels import SET_ASIDE, cut_levels, read_levels, with_levels
 from aligngpt.levels_report import histogram
+from aligngpt.pack import pack, read_source
+from benchmarks.levels_scale import write_scores as scale_scores
 
 PAIRS = 50
 
@@ -57,26 +62,75 @@ def test_fault_29_what_is_not_finite_is_set_aside(cut):
     assert np.array_equal(cuts, expected_cuts)
 
 
+@pytest.mark.parametrize("cut", ["count", "range"])
+def test_float32_is_cut_as_its_float64(cut, monkeypatch):
+    """Many ties, what is not finite, and blocks that end inside the data."""
+    monkeypatch.setattr(levels_module, "_BLOCK", 1000)
+    scores = np.random.default_rng(0).normal(0.2, 0.1, 20_011).round(3).astype(np.float32)
+    scores[::17] = np.nan
+    scores[5::911] = np.inf
+    usable = np.flatnonzero(np.isfinite(scores))
+    found, cuts = cut_levels(scores, 7, cut)
+    same, same_cuts = cut_levels(scores.astype(np.float64), 7, cut)
+    assert np.array_equal(found, same)
+    assert np.array_equal(cuts, same_cuts)
+    assert cuts.dtype == np.float64
+    if cut == "count":  # the rule, word for word: by score, then by place
+        ranked = sorted(usable.tolist(), key=lambda place: (scores[place], place))
+        expected = {place: rank * 7 // len(ranked) for rank, place in enumerate(ranked)}
+        assert found[usable].tolist() == [expected[place] for place in usable.tolist()]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((np.array([0.1, np.nan, 0.3]), 3), "2 of 3 pairs have a score; 3 levels need one pair each"),  # fault 31
+        ((np.array([0.1, np.nan, 0.3]), 3), "2 of 3 pairs have a score; 3 levels need one pair each"),
         ((np.array([]), 2), "0 of 0 pairs"),
-        ((np.array([0.0, 0.1, 0.9, 1.0]), 4, "range"), "leave level 1, 2 without a pair"),  # fault 30
-        ((np.full(9, 0.5), 2, "range"), "leave level 0 without a pair"),
         ((np.arange(9), 1), "num_levels is 1; it must lie in 2..127"),
         ((np.arange(900), 128), "num_levels is 128"),
         ((np.arange(9), 2, "rank"), "cut is 'rank'; it must be one of count, range"),
     ],
 )
-def test_fault_31_what_cannot_be_cut_is_refused(arguments, says):
+def test_fault_31_fewer_pairs_than_levels_and_what_else_cannot_be_cut(arguments, says):
     with pytest.raises(ValueError, match=says):
         cut_levels(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((np.array([0.0, 0.1, 0.9, 1.0]), 4, "range"), "leave level 1, 2 without a pair"),
+        ((np.full(9, 0.5), 2, "range"), "leave level 0 without a pair"),
+    ],
+)
+def test_fault_30_a_range_without_a_pair_is_refused(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        cut_levels(*arguments)
+
+
+def write_scores(folder, samples, scores, rows_per_part=21):
+    """A finished scoring, as `aligngpt score` leaves it."""
+    folder.mkdir(exist_ok=True)
+    pairs = [sample for sample in samples if sample.images]
+    about = {"kind": "scores", "data": {"sha256": data_hash(samples), "samples": len(samples)}, "model": {"is": "CLIP"}}
+    table = pyarrow.table(
+        {
+            "record": pyarrow.array([sample.record for sample in pairs], pyarrow.int64()),
+            "id": [sample.id for sample in pairs],
+            "score": pyarrow.array(scores, pyarrow.float32()),
+            "truncated": [False] * len(pairs),
+            "problem": pyarrow.array([None if np.isfinite(score) else "lost" for score in scores], pyarrow.string()),
+        }
+    )
+    starts = range(0, len(pairs), rows_per_part)
+    for number, start in enumerate(starts):
+        write_table(folder / part_name(number), table[start : start + rows_per_part], about)
+    write_manifest(folder, about, len(starts), {})
+
+
 @pytest.fixture
 def place(tmp_path):
-    """data.json with a text-only record after each tenth pair, its pictures, and scores.parquet with two NaN."""
+    """data.json with a text-only record after each tenth pair, its pictures, and scores/ with two NaN."""
     records, scores = [], []
     for number in range(PAIRS):
         Image.new("RGB", (30 + number, 40), (5 * number, 100, 200)).save(tmp_path / f"{number}.png")
@@ -88,20 +142,13 @@ def place(tmp_path):
             records.append({"id": number, "conversations": talk, "model": "kept"})
     (tmp_path / "data.json").write_text(json.dumps(records))
     samples = read_llava_json(tmp_path / "data.json")
-    with_image = [sample for sample in samples if sample.images]
-    table = {
-        "record": pyarrow.array([sample.record for sample in with_image], pyarrow.int64()),
-        "id": [sample.id for sample in with_image],
-        "score": pyarrow.array(scores, pyarrow.float32()),
-    }
-    metadata = {"kind": "scores", "data": {"sha256": data_hash(samples), "samples": len(samples)}, "model": "CLIP"}
-    write_table(tmp_path / "scores.parquet", pyarrow.table(table), metadata)
+    write_scores(tmp_path / "scores", samples, scores)
     return tmp_path
 
 
 def command(place, *more, data="data.json"):
-    words = ["levels", place / "scores.parquet", "--data", place / data, "--out", place / "levels.parquet", *more]
-    return main([str(word) for word in words])
+    words = ["levels", place / "scores", "--out", place / "levels.parquet", *(["--data", place / data] if data else [])]
+    return main([str(word) for word in [*words, *more]])
 
 
 def test_data_hash_is_of_the_samples_not_of_the_file(place):
@@ -139,20 +186,35 @@ def test_command_end_to_end(place, capsys):
     ]
 
     table, metadata = read_table(place / "levels.parquet", "levels")
-    scores = read_table(place / "scores.parquet", "scores")[0]["score"].to_numpy()
-    expected, cuts = cut_levels(scores, 4)
-    assert str(table.schema.field("level").type) == "int8"
+    scores = table["score"].to_numpy()
+    expected, cuts = cut_levels(
+        np.array([(n * 7 % PAIRS) / PAIRS if n not in (3, 20) else np.nan for n in range(50)]), 4
+    )
+    assert {field.name: str(field.type) for field in table.schema} == {
+        "record": "int64",
+        "id": "string",
+        "score": "float",
+        "level": "int8",
+    }
+    assert table["record"].to_pylist() == [n + n // 10 for n in range(PAIRS)]
+    assert table["id"].to_pylist() == [f"p{n}" for n in range(PAIRS)]
+    assert np.flatnonzero(np.isnan(scores)).tolist() == [3, 20]
     assert table["level"].to_pylist() == [None if level == SET_ASIDE else level for level in expected]
-    assert (metadata["num_levels"], metadata["cut"], metadata["cuts"]) == (4, "count", cuts.tolist())
-    assert metadata["scores"]["model"] == "CLIP"
+    assert (metadata["num_levels"], metadata["cut"]) == (4, "count")
+    assert metadata["cuts"] == cuts.astype(np.float32).tolist()
+    assert metadata["scores"]["model"] == {"is": "CLIP"}
 
     # Training with the levels file and with the written records sees the same samples.
-    samples = read_llava_json(place / "data.json")
-    kept, set_aside = with_levels(samples, read_levels(place / "levels.parquet"))
-    written = read_llava_json(place / "leveled.json", num_levels=4)
-    assert set_aside == len(samples) - len(written) == 2
-    assert [(s.id, s.images, s.turns, s.level) for s in written] == [(s.id, s.images, s.turns, s.level) for s in kept]
-    assert sum(sample.level is None for sample in kept) == 5  # text alone
+    records = open_records(place / "data.json")
+    kept, levels = with_levels(records, read_levels(place / "levels.parquet"))
+    written = read_llava_json(place / "leveled.json")
+    assert (kept.dtype, levels.dtype, len(levels)) == (np.int64, np.int8, len(records))
+    assert len(records) - len(kept) == len(records) - len(written) == 2
+    assert [(s.id, s.images, s.turns) for s in written] == [
+        (s.id, s.images, s.turns) for s in map(records.__getitem__, kept)
+    ]
+    assert [s.level for s in written] == [None if level == -1 else level for level in levels[kept].tolist()]
+    assert [place for place in kept if levels[place] == -1] == [10, 21, 32, 43, 54]  # text alone
     assert json.loads((place / "leveled.json").read_text())[9]["model"] == "kept"
 
     with Image.open(report / "levels.png") as picture:
@@ -161,6 +223,22 @@ def test_command_end_to_end(place, capsys):
     blues = {tuple(pixel) for pixel in sheet[::3, ::3, :3].reshape(-1, 3) if tuple(pixel[1:]) == (100, 200)}
     assert len(blues) >= 4 * 6 - 1  # each picture is of one colour: six of each level, perhaps not the missing one
     assert not list(place.rglob("*.tmp"))
+
+
+def test_levels_need_the_scores_alone_and_shards_their_own_pictures(place, capsys):
+    few = ["--num-levels", 2]
+    assert command(place, *few, data=None) == 0
+    alone = (place / "levels.parquet").read_bytes()
+    assert pack(read_source(place / "data.json", place), place / "shards", records_per_shard=9) == []
+    assert command(place, *few, "--report", place / "of-shards", data="shards") == 0
+    assert (place / "levels.parquet").read_bytes() == alone
+    assert command(place, *few, "--report", place / "of-json", "--image-folder", place) == 0
+    assert (place / "levels.parquet").read_bytes() == alone
+    for picture in ("levels.png", "contact-sheet.png"):
+        assert (place / "of-shards" / picture).read_bytes() == (place / "of-json" / picture).read_bytes()
+    capsys.readouterr()
+    assert command(place, "--json", place / "new.json", data="shards") == 2
+    assert "it needs a LLaVA JSON file. Training takes the levels of other data from --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cut", ["count", "range"])
@@ -209,24 +287,44 @@ def test_fault_34_scores_of_other_data_are_refused(place, capsys, change):
     change(records)
     (place / "other.json").write_text(json.dumps(records))
     assert command(place, data="other.json") == 2
-    assert "scores.parquet belongs to other data" in capsys.readouterr().err
+    assert "scores belongs to other data" in capsys.readouterr().err
     assert not (place / "levels.parquet").exists()
     assert command(place) == 0
     with pytest.raises(ValueError, match=r"levels.parquet belongs to other data: .* it needs the same samples"):
-        with_levels(read_llava_json(place / "other.json"), read_levels(place / "levels.parquet"))
+        with_levels(open_records(place / "other.json"), read_levels(place / "levels.parquet"))
 
 
 def test_fault_35_a_level_that_is_missing_or_out_of_range_is_named(place):
     assert command(place) == 0
-    samples = read_llava_json(place / "data.json")
+    records = open_records(place / "data.json")
     levels = read_levels(place / "levels.parquet")
     with pytest.raises(ValueError, match=r"record 0 \(id p0\) has no level; it needs one in 0..7"):
-        with_levels(samples, replace(levels, records=levels.records[1:], levels=levels.levels[1:]))
+        with_levels(records, replace(levels, records=levels.records[1:], levels=levels.levels[1:]))
     for wrong in (8, -2):
         changed = levels.levels.copy()
         changed[12] = wrong
         with pytest.raises(ValueError, match=rf"record 13 \(id p12\) has level {wrong}; it needs one in 0..7"):
-            with_levels(samples, replace(levels, levels=changed))
+            with_levels(records, replace(levels, levels=changed))
+    for wrong in (55, -1):
+        changed = levels.records.copy()
+        changed[12] = wrong
+        with pytest.raises(ValueError, match=rf"levels.parquet has a level for record {wrong}; .*data.json has 55"):
+            with_levels(records, replace(levels, records=changed))
+
+
+def test_levels_of_the_samples_without_an_image_do_not_count(place):
+    assert command(place) == 0
+    levels = read_levels(place / "levels.parquet")
+    more = replace(levels, records=np.append(levels.records, 10), levels=np.append(levels.levels, np.int8(99)))
+    for found, expected in zip(
+        *(with_levels(open_records(place / "data.json"), x) for x in (more, levels)), strict=True
+    ):
+        assert np.array_equal(found, expected)
+
+
+def cut_part(place):
+    path = place / "scores/part-000001.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
 
 
 @pytest.mark.parametrize(
@@ -236,23 +334,29 @@ def test_fault_35_a_level_that_is_missing_or_out_of_range_is_named(place):
         (None, ["--num-levels", "49"], "48 of 50 pairs have a score; 49 levels need one pair each"),
         (None, ["--num-levels", "1"], "num_levels is 1"),
         (None, ["--json", "PLACE/data.json"], "which is read here; it needs another name"),
-        (None, ["--out", "PLACE/scores.parquet"], "which is read here; it needs another name"),
+        (None, ["--out", "PLACE/scores/manifest.json"], "which is read here; it needs another name"),
         (None, ["--json", "PLACE/levels.parquet"], "which is already written here; it needs another name"),
         (None, ["--json", "PLACE"], "which is a folder; it needs the name of a file"),
         (None, ["--json", "PLACE/0.png/data.json"], "0.png takes no files"),
         (None, ["--report", "PLACE/0.png", "--image-folder", "PLACE"], "0.png takes no files"),
-        (lambda place: (place / "scores.parquet").write_bytes(b"PAR1"), [], "scores.parquet is no Parquet file"),
         (
-            lambda place: pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), place / "scores.parquet"),
+            lambda place: (place / "scores/manifest.json").unlink(),
             [],
-            "scores.parquet was not made by aligngpt; it needs scores, made by `aligngpt score`",
+            "scores has no manifest.json; it needs to be the",
         ),
+        (lambda place: (place / "scores/manifest.json").write_text("{"), [], "manifest.json is damaged (Expecting"),
+        (lambda place: (place / "scores/manifest.json").write_text('{"kind": "levels", "parts": []}'), [], "not about"),
         (
-            lambda place: write_table(place / "scores.parquet", pyarrow.table({"a": [1]}), {"kind": "levels"}),
+            cut_part,
             [],
-            "scores.parquet holds levels; it needs scores",
+            "part-000001.parquet is not the file that manifest.json names: its SHA-256 differs; remove both",
         ),
-        (lambda place: (place / "scores.parquet").unlink(), [], "scores.parquet"),
+        (lambda place: (place / "scores/part-000001.parquet").unlink(), [], "part-000001.parquet"),
+        (
+            lambda place: (place / "scores").rename(place / "moved"),
+            [],
+            "scores is no folder; it needs to be the folder",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(place, capsys, spoil, more, says):
@@ -263,3 +367,42 @@ def test_bad_input_is_one_sentence(place, capsys, spoil, more, says):
     assert says in captured.err
     assert captured.err.count("\n") == 1
     assert not (place / "levels.parquet").exists()
+
+
+def test_read_levels_refuses_other_files(place):
+    for spoil, says in (
+        (lambda path: path.write_bytes(b"PAR1"), "levels.parquet is no Parquet file"),
+        (
+            lambda path: pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), path),
+            "was not made by aligngpt; it needs",
+        ),
+        (
+            lambda path: write_table(path, pyarrow.table({"a": [1]}), {"kind": "scores"}),
+            "holds scores; it needs levels",
+        ),
+    ):
+        spoil(place / "levels.parquet")
+        with pytest.raises(ValueError, match=says):
+            read_levels(place / "levels.parquet")
+
+
+@pytest.mark.parametrize("cut", ["count", "range"])
+def test_memory_is_for_scores_order_and_levels_alone(cut, tmp_path):
+    """At most 20 bytes a pair in NumPy beside what the sort takes for itself, and in Arrow a few parts."""
+    pairs = 300_000
+    scale_scores(tmp_path, pairs)
+    usual, counted = pyarrow.default_memory_pool(), pyarrow.proxy_memory_pool(pyarrow.default_memory_pool())
+    pyarrow.set_memory_pool(counted)
+    tracemalloc.start()
+    try:
+        words = ["levels", tmp_path, "--out", tmp_path / "levels.parquet", "--cut", cut, "--num-levels", 4]
+        assert main([str(word) for word in words]) == 0
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        pyarrow.set_memory_pool(usual)
+    part = read_table(tmp_path / part_name(0), "scores")[0].nbytes
+    blocks = 2**20 * (8 + 8 + 1) if cut == "range" else 0  # a block's float64, int64 and int8
+    assert peak < 20 * pairs + blocks + 2**20
+    assert counted.max_memory() < 5 * part
+    assert pyarrow.parquet.read_metadata(tmp_path / "levels.parquet").num_rows == pairs

@@ -1,10 +1,10 @@
-"""aligngpt.data.llava_json: LLaVA's files as they are, and messages that lead to the broken record."""
+"""aligngpt.data.llava_json: LLaVA's files and JSON lines as they are, and messages that lead to the broken record."""
 
 import json
 
 import pytest
 
-from aligngpt.data.llava_json import Sample, image_path, read_llava_json
+from aligngpt.data.llava_json import Sample, image_path, read_llava_json, read_llava_jsonl
 from aligngpt.text import Turn
 
 
@@ -24,8 +24,15 @@ def write(tmp_path, content):
     return path
 
 
-def test_records_as_llavas_files_have_them(tmp_path):
-    """Numbers as ids, ids that repeat (fault 22), no image, a list of images, unknown keys, a conversation's tail."""
+def write_lines(tmp_path, records):
+    path = tmp_path / "data.jsonl"
+    lines = (json.dumps(record, ensure_ascii=place % 2 == 0) for place, record in enumerate(records))
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+    return path
+
+
+def test_fault_22_records_as_llavas_files_have_them(tmp_path):
+    """Numbers as ids, ids that repeat (22), no image, a list of images, unknown keys, a conversation's tail."""
     system = {"from": "system", "value": "Be brief."}
     records = [
         GOOD | {"id": "000000033471", "align_level": 7},
@@ -34,7 +41,8 @@ def test_records_as_llavas_files_have_them(tmp_path):
         GOOD | {"image": ["a.png", "b/c.png"], "conversations": talk("<image>", "one", "<image> and?", "two", "Why?")},
         {"conversations": talk("", "x", "y", "z")[1:]},
     ]
-    assert read_llava_json(write(tmp_path, records), num_levels=8) == [
+    assert read_llava_jsonl(write_lines(tmp_path, records)) == read_llava_json(write(tmp_path, records))
+    assert read_llava_json(write(tmp_path, records)) == [
         Sample("000000033471", ("a.png",), (Turn("user", "<image>\nWhat?"), Turn("assistant", "A bus.")), 7, 0),
         Sample(
             "33471",
@@ -69,8 +77,8 @@ def test_records_as_llavas_files_have_them(tmp_path):
         (b"\xef\xbb\xbf[]", "line 1, column 1: Unexpected UTF-8 BOM"),
         (b'[\n{"id": "\xff"}]', "line 2: byte 10 is not UTF-8"),
         (b'[{"id": "a\x00"}]', "line 1, column 11: Invalid control character"),
-        (b"[" * 200_000, "maximum recursion depth"),
-        (b'[{"id": ' + b"9" * 5000 + b"}]", "Exceeds the limit"),
+        (b"[\n" * 100_000, "maximum recursion depth"),
+        (b'[{"id": ' + b"9" * 5000 + b"}]", "line 1: Exceeds the limit"),
         ({"id": "a"}, "holds an object of 1; needs a list"),
     ],
 )
@@ -81,36 +89,73 @@ def test_fault_21_malformed_file(tmp_path, content, message):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"id": \n', "line 3, column 7: Expecting value; needs a JSON object"),
+        (b'{"id": "\xff"}', "line 3: byte 8 is not UTF-8"),
+        (b'\xef\xbb\xbf{"id": 1}', "line 3, column 1: Unexpected UTF-8 BOM"),
+        (b"[" * 200_000, "line 3: maximum recursion depth"),
+        (b"[1]", "line 3: record 1 is a list of 1; needs an object"),
+        (b'{"id": "a"}', r"line 3: record 1 \(id 'a'\) has no 'conversations'"),
+    ],
+)
+def test_fault_21_malformed_line(tmp_path, content, message):
+    """A line is named by its number in the file, a record by its place: the second line here is blank."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n \n" + content)
+    with pytest.raises(ValueError, match=f"^{path}: {message}"):
+        read_llava_jsonl(path)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"conversations": None}, r"'conversations' is null; needs a list"),
-        ({"conversations": []}, "'conversations' is empty"),  # fault 25
         ({"conversations": ["hi"]}, 'turn 0 is "hi"; needs an object'),
         (
             {"conversations": [{"from": "user", "value": "a"}]},
             "turn 0 is from 'user'; needs 'human', 'gpt' or 'system'",
         ),
         ({"conversations": [{"from": "human"}]}, "'value' of turn 0 is null; needs a string"),
-        ({"conversations": talk("<image>")}, r"from \['human'\]; needs human and gpt in turn"),
-        ({"conversations": talk("<image>", "b") + talk("c", "d")[1:]}, r"from \['human', 'gpt', 'gpt'\]"),
-        ({"conversations": talk("<image>a<image>", "b")}, "2 <image> marks; needs one for each of 1 images"),  # 23
-        ({"image": None}, "1 <image> marks; needs one for each of 0 images"),
-        ({"conversations": talk("a", "<image>")}, r"turn 1 \(gpt\) holds <image>"),
-        ({"conversations": talk("<image>a\0", "b")}, r"'value' of turn 0 holds U\+0000 at 8"),  # 21
+        ({"conversations": talk("<image>a\0", "b")}, r"'value' of turn 0 holds U\+0000 at 8"),
         ({"conversations": talk("<image>a\udc00", "b")}, r"'value' of turn 0 holds U\+DC00 at 8"),
         ({"image": 3}, "'image' is 3; needs a name"),
         ({"image": ["a.png", ""]}, "'image' is a list of 2; needs a name"),
-        ({"align_level": 8}, "'align_level' is 8; needs a whole number in 0..7"),  # 35
-        ({"align_level": -1}, "'align_level' is -1"),
+        ({"align_level": -1}, "'align_level' is -1; needs a whole number from 0"),
+        ({"align_level": 10**20}, "'align_level' is 1000.*; needs a whole number from 0 to"),  # no array holds it
         ({"align_level": True}, "'align_level' is true"),
         ({"align_level": 3.0}, "'align_level' is 3.0"),
         ({"align_level": "3"}, "'align_level' is \"3\""),
     ],
 )
-def test_malformed_record_is_named(tmp_path, change, message):
-    path = write(tmp_path, [GOOD, GOOD | {"id": "bad"} | change])
-    with pytest.raises(ValueError, match=rf"^{path}: record 1 \(id 'bad'\).*{message}"):
-        read_llava_json(path, num_levels=8)
+def test_fault_21_malformed_record_is_named(tmp_path, change, message):
+    records = [GOOD, GOOD | {"id": "bad"} | change]
+    for read, path in ((read_llava_json, write(tmp_path, records)), (read_llava_jsonl, tmp_path / "data.jsonl")):
+        path.with_name("data.jsonl").write_text("\n".join(map(json.dumps, records)))
+        with pytest.raises(ValueError, match=rf"^{path}: (line 2: )?record 1 \(id 'bad'\).*{message}"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"conversations": []}, "the conversation is empty"),
+        ({"conversations": talk("<image>")}, "the turns are from ['human']; needs human and gpt in turn"),
+        ({"conversations": talk("<image>", "b") + talk("c", "d")[1:]}, "the turns are from ['human', 'gpt', 'gpt']"),
+        ({"conversations": talk("", "b", "<image>", "d")[1:3]}, "the turns are from ['gpt', 'human']"),
+        (
+            {"conversations": talk("<image>a<image>", "b")},
+            "the text has 2 <image> marks; needs one for each of 1 images",
+        ),
+        ({"conversations": talk("a", "<image>")}, "the text has 0 <image> marks; needs one for each of 1 images"),
+    ],
+)
+def test_fault_23_fault_25_a_conversation_that_teaches_nothing_is_a_problem(tmp_path, change, problem):
+    """It is no error: the others are read, and training drops it."""
+    first, second, third = read_llava_json(write(tmp_path, [GOOD, GOOD | change, GOOD]))
+    assert (first.problem, third.problem) == (None, None)
+    assert second.problem.startswith(problem)
+    assert (second.images, second.record) == (("a.png",), 1)
 
 
 @pytest.mark.parametrize(
@@ -121,16 +166,10 @@ def test_malformed_record_is_named(tmp_path, change, message):
         ({"id": "a"}, ".* has no 'conversations'"),
     ],
 )
-def test_record_without_a_name(tmp_path, record, message):
+def test_fault_21_record_without_a_name(tmp_path, record, message):
     path = write(tmp_path, [GOOD, record])
     with pytest.raises(ValueError, match=f"^{path}: record 1{message}"):
         read_llava_json(path)
-
-
-def test_levels_are_whole_numbers_from_0_without_num_levels(tmp_path):
-    assert read_llava_json(write(tmp_path, [GOOD | {"align_level": 300}]))[0].level == 300
-    with pytest.raises(ValueError, match="needs a whole number from 0"):
-        read_llava_json(write(tmp_path, [GOOD | {"align_level": -1}]))
 
 
 @pytest.fixture
@@ -176,9 +215,15 @@ def test_fault_15_fault_16_fault_17_names_that_lead_out(folder, name, message):
         image_path(folder, name)
 
 
-def test_fault_24_a_mark_in_a_text_only_record_is_a_word(tmp_path):
+def test_fault_24_a_mark_that_stands_for_no_image_is_a_word(tmp_path):
+    """In a record without images, and in what is not a human turn. At an edge of a human turn an image was meant."""
     code = "Why does <image> in my SVG fail?"
-    (sample,) = read_llava_json(write(tmp_path, [{"conversations": talk(code, "Use <image> so.")}]))
-    assert (sample.images, sample.turns[0].text) == ((), code)
-    with pytest.raises(ValueError, match="1 <image> marks; needs one for each of 0 images"):
-        read_llava_json(write(tmp_path, [{"conversations": talk("What is this?\n<image>", "A bus.")}]))
+    records = [
+        {"conversations": talk(code, "Use <image> so.")},
+        GOOD | {"conversations": talk("<image>What is written here?", "It says <image>.")},
+        {"conversations": talk("What is this?\n<image>", "A bus.")},
+    ]
+    words, sign, lost = read_llava_json(write(tmp_path, records))
+    assert (words.images, words.turns[0].text, words.problem) == ((), code, None)
+    assert (sign.images, sign.turns[1].text, sign.problem) == (("a.png",), "It says <image>.", None)
+    assert lost.problem == "the text has 1 <image> marks; needs one for each of 0 images"

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from aligngpt.cli import main
-from aligngpt.data.llava_json import read_llava_json
+from aligngpt.data.records import open_records
 from aligngpt.preview import KINDS, add_arguments, format_tokenized, preview, run, token_kinds
 from aligngpt.processor import AlignGPTImageProcessor, AlignGPTProcessor
 from aligngpt.text import TokenIds, Tokenized
@@ -140,7 +140,7 @@ def test_color_only_for_terminals(place, monkeypatch):
         (("--index", "-1"), "has records 0 to 1"),
         (("--count", "0"), "the count at least 1"),
         (("--template", "chat"), "template 'chat' is the tokenizer's chat_template"),
-        (("--image-folder", "/nowhere"), r"record 0 \(id car\): /nowhere/car.png: no such file"),
+        (("--image-folder", "/nowhere"), r"record 0 \(id car\): car.png: no such file"),
         (("--model", "/nowhere"), "/nowhere"),
     ],
 )
@@ -154,5 +154,5 @@ def test_bad_input_is_one_sentence(place, capsys, options, message):
 def test_preview_without_image_folder_opens_nothing(place):
     arguments = place()
     processor = AlignGPTProcessor.from_pretrained(arguments.model)
-    (text,) = preview(read_llava_json(arguments.data)[:1], processor)
+    (text,) = preview(open_records(arguments.data), [0], processor)
     assert text.startswith("record 0 (id car) · template v1 · level 5 · car.png\n")

@@ -65,7 +65,7 @@ def test_a_training_sample_begins_as_its_prompt_at_inference(processor, tmp_path
     """Same ids and the same text in the gate, whatever the answer: the gate never sees it."""
     picture().save(tmp_path / "a.png")
     sample = Sample("1", ("a.png",), (Turn("user", "<image>\nWhat is this?"), Turn("assistant", "a red car")), None, 0)
-    example = processor.example(sample, tmp_path)
+    example = processor.example(sample, [tmp_path / "a.png"])
     prompt = processor.apply_chat_template(message("What is this?", picture()), tokenize=True)
     length = prompt["input_ids"].shape[1]
     assert torch.equal(example.text.input_ids[:length], prompt["input_ids"][0])
@@ -166,9 +166,36 @@ def test_wrong_input_is_named(processor, call, message):
 def test_a_samples_error_names_its_record(processor, tmp_path):
     (tmp_path / "b.png").write_text("<html>not here</html>")
     turns = (Turn("user", "<image>\nWhat is this?"), Turn("assistant", "a red car"))
-    for image in ("a.png", "b.png", "../b.png"):
-        with pytest.raises(ValueError, match=rf"record 3 \(id x7\): .*{image[-5:]}"):
-            processor.example(Sample("x7", (image,), turns, None, 3), tmp_path)
+    for image, why in (("a.png", "no such file"), ("b.png", "not an image")):
+        with pytest.raises(ValueError, match=rf"^record 3 \(id x7\): {image}: {why}"):
+            processor.example(Sample("x7", (image,), turns, None, 3), [tmp_path / image])
+
+
+def test_fault_25_26_nothing_to_learn_is_an_error(processor):
+    """An answer that is wholly behind max_length, and a conversation that was read with a problem."""
+    turns = (Turn("user", "Why? " * 50), Turn("assistant", "So."))
+    processor.max_length = 90
+    with pytest.raises(ValueError, match=r"^record 3 \(id x7\): nothing of its answers is within max_length, 90 "):
+        processor.text(Sample("x7", (), turns, None, 3))
+    with pytest.raises(ValueError, match=r"^record 3 \(id x7\): the conversation is empty"):
+        processor.text(Sample("x7", (), (), None, 3, "the conversation is empty"))
+
+
+def test_fault_27_a_cut_in_front_of_an_image_leaves_its_file_out(processor, tmp_path):
+    """The second picture is behind max_length; its file, which is not there, is not asked for."""
+    picture().save(tmp_path / "a.png")
+    turns = [Turn("user", "<image>\nWhat is this?"), Turn("assistant", "a red car")] * 2
+    sample = Sample("x7", ("a.png", "b.png"), tuple(turns), None, 3)
+    whole = processor.text(sample)
+    second = (whole.input_ids == processor.image_token_id).nonzero()[16].item()
+    processor.max_length = second + 5
+    example = processor.example(sample, [tmp_path / "a.png", tmp_path / "b.png"])
+    assert example.pixel_values.shape[0] == example.text.num_images == 1
+    assert torch.equal(example.text.input_ids, whole.input_ids[:second])
+    assert torch.equal(example.text.labels, whole.labels[:second])
+    processor.max_length = second + 16
+    with pytest.raises(ValueError, match=r"b\.png: no such file"):
+        processor.example(sample, [tmp_path / "a.png", tmp_path / "b.png"])
 
 
 def test_fault_52_code_that_a_folder_brings_is_never_run(processor, tmp_path, monkeypatch):

@@ -1,11 +1,18 @@
-"""aligngpt.score: the numbers against float64 by another way, and what becomes of pairs that cannot be scored."""
+"""aligngpt.score, similarity and team: the numbers against float64 by another way, what becomes of pairs that cannot be
+scored, and processes that share the work, are killed, or fail."""
 
+import errno
 import json
+import multiprocessing
+import os
+import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +21,16 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPModel, GemmaTokenizer, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
+from aligngpt import score, similarity
 from aligngpt.cli import main
 from aligngpt.data.llava_json import read_llava_json
-from aligngpt.data.tables import data_hash, read_table
-from aligngpt.score import PairBatches, load_model, model_hash, pair_text, score_pairs, write_scores
+from aligngpt.data.records import RecordList, open_records
+from aligngpt.data.tables import data_hash, read_manifest, read_part, read_table
+from aligngpt.pack import pack, read_source
+from aligngpt.similarity import PairBatches, batches_by_size, load_model, model_hash, model_revision, pair_text
+from aligngpt.team import Team
 
+ROOT = Path(__file__).parents[2]
 SIZE, LENGTH = 32, 24
 MEAN, STD = {"clip": (0.4, 0.5, 0.6), "siglip": (0.5, 0.5, 0.5)}, (0.2, 0.3, 0.4)
 BOS, EOS, PAD = 0, 1, 2
@@ -37,6 +49,15 @@ def byte_tokenizer(kind):
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=LENGTH
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As under torchrun: on a CPU the last bits may depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +112,26 @@ def data(tmp_path_factory):
     return folder
 
 
-def rows(samples, folder, model_folder, **options):
-    """All rows of `score_pairs`, joined."""
-    model, preparation = load_model(model_folder)
-    parts = list(score_pairs(samples, folder, model, preparation, **options))
+def rows(records, model_folder, *, batch_size=64, dtype=torch.float32, workers=0):
+    """All rows of `score_pairs`, joined, in the data's order."""
+    model, preparation = load_model(model_folder, dtype=dtype)
+    pairs = np.flatnonzero(records.num_images)
+    batches = batches_by_size(pairs, records.num_characters, records.num_images, batch_size)
+    parts = list(similarity.score_pairs(records, batches, model, preparation, workers=workers))
+    order = np.argsort([place for part in parts for place in part.places])
     joined = {name: [x for part in parts for x in getattr(part, name)] for name in vars(parts[0])}
+    joined = {name: [values[row] for row in order] for name, values in joined.items()}
     return joined | {"scores": np.array(joined["scores"])}
+
+
+def run(data, model, out, *more):
+    """`aligngpt score` in this process, on the CPU; returns its status."""
+    words = ["score", data / "data.json", "--model", model, "--image-folder", data, "--out", out, "--workers", 0]
+    return main([str(word) for word in [*words, "--device", "cpu", "--batch-size", 2, "--chunk-size", 2, *more]])
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def by_another_way(kind, folder, sample, images, dtype):
@@ -134,36 +169,57 @@ def by_another_way(kind, folder, sample, images, dtype):
     return np.mean(cosines)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_scores_are_those_of_float64(kind, folders, data):
-    samples = read_llava_json(data / "data.json")
-    pairs = [sample for sample in samples if sample.images]
+def test_scores_are_those_of_float64(kind, dtype, folders, data):
+    """At most twice the error of plain PyTorch in the same type, or of a rounding of a number near 1."""
+    records = open_records(data / "data.json", data)
+    pairs = [sample for sample in records if sample.images]
     truth, plain = (
-        np.array([by_another_way(kind, folders[kind], sample, data, dtype) for sample in pairs])
-        for dtype in (torch.float64, torch.float32)
+        np.array([by_another_way(kind, folders[kind], sample, data, way) for sample in pairs])
+        for way in (torch.float64, dtype)
     )
-    found = rows(samples, data, folders[kind])
-    assert found["records"] == [0, 1, 3, 4, 5, 6, 7]
+    found = rows(records, folders[kind], dtype=dtype)
+    assert found["places"] == [0, 1, 3, 4, 5, 6, 7]
     assert found["ids"] == ["a", "b", "7", "d", "e", "f", "g"]
     assert found["problems"] == [None] * 7
+    assert found["scores"].dtype == np.float32
+    eps = torch.finfo(dtype).eps
     assert np.ptp(truth) > 0.01  # the pairs can be told apart
     plain_error = abs(plain.astype(np.float32) - truth).max()
-    assert plain_error < 1e-6  # the other way is one way
-    rounding = np.finfo(np.float32).eps / 2  # of a number near 1; on seven pairs plain PyTorch may be luckier
-    assert abs(found["scores"] - truth).max() <= 2 * max(plain_error, rounding)
+    assert plain_error < 8 * eps  # the other way is one way
+    assert abs(found["scores"] - truth).max() <= 2 * max(plain_error, eps / 2)  # plain PyTorch may be luckier
+    if dtype != torch.float32:
+        fp32 = rows(records, folders[kind])["scores"]
+        assert 0 < abs(found["scores"] - fp32).max() <= 2 * eps
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_batch_size_and_workers_change_nothing(kind, folders, data):
-    samples = read_llava_json(data / "data.json")
-    whole = rows(samples, data, folders[kind], batch_size=64)
+    records = open_records(data / "data.json", data)
+    whole = rows(records, folders[kind], batch_size=64)
     for options in ({"batch_size": 1}, {"batch_size": 3, "workers": 2}):
-        other = rows(samples, data, folders[kind], **options)
+        other = rows(records, folders[kind], **options)
         assert abs(other["scores"] - whole["scores"]).max() < 1e-6
-        assert [other[name] for name in ("records", "ids", "truncated")] == [
-            whole[name] for name in ("records", "ids", "truncated")
+        assert [other[name] for name in ("places", "ids", "truncated")] == [
+            whole[name] for name in ("places", "ids", "truncated")
         ]
-    assert np.array_equal(rows(samples, data, folders[kind], batch_size=64, workers=1)["scores"], whole["scores"])
+    assert np.array_equal(rows(records, folders[kind], workers=1)["scores"], whole["scores"])
+
+
+def test_batches_are_of_like_size():
+    """Pairs once each, at most 64 images a batch, and a twentieth of the padding that the data's order would need."""
+    rng = np.random.default_rng(0)
+    length, images = rng.integers(8, 78, 9000), rng.choice([0, 1, 1, 1, 2, 70], 9000)
+    places = np.flatnonzero(images)[1000:5000]
+
+    def padding(batches):
+        return sum(int(length[batch].max() * len(batch) - length[batch].sum()) for batch in batches)
+
+    batches = batches_by_size(places, length, images, 64)
+    assert sorted(place for batch in batches for place in batch) == places.tolist()
+    assert all(images[batch].sum() <= 64 or len(batch) == 1 for batch in batches)
+    assert padding(batches) < 0.05 * padding(batches_by_size(places, np.zeros(9000), images, 64))
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -176,24 +232,34 @@ def test_fault_33_a_longer_text_is_cut_and_flagged(kind, folders, data):
     def with_text(words):
         return replace(sample, turns=(sample.turns[0], replace(sample.turns[1], text=words)))
 
-    found = rows([sample, with_text(text[:room]), with_text(text[: room - 1])], data, folders[kind], batch_size=1)
+    samples = [sample, with_text(text[:room]), with_text(text[: room - 1])]
+    found = rows(RecordList(samples, data), folders[kind], batch_size=1)
     assert found["truncated"] == [True, False, False]
     assert found["scores"][0] == found["scores"][1] != found["scores"][2]
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_fault_24_special_tokens_in_a_text_stay_characters(kind, folders, data):
-    samples = read_llava_json(data / "data.json")
+    records = open_records(data / "data.json", data)
     _, preparation = load_model(folders[kind])
-    batch = PairBatches(samples, data, preparation)[[6]]  # "words </s> more"
+    batch = PairBatches(records, preparation)[[6]]  # "words </s> more"
     ids = batch.token_ids[0, batch.attention_mask[0].bool()].tolist()
     assert ids.count(EOS) == 1
     assert ids[-1] == EOS
     assert len(ids) == len("words </s> more") + (2 if kind == "clip" else 1)
 
 
-def test_what_cannot_be_scored_is_a_row_that_says_why(folders, data, tmp_path):
-    """Faults 3, 13, 15 and 16, a text without words, and a model that gives NaN; the other rows are as they were."""
+class OneLost(RecordList):
+    """Records of which one is damaged where it lies."""
+
+    def __getitem__(self, index):
+        if index == 3:
+            raise ValueError("record 3 is damaged")
+        return super().__getitem__(index)
+
+
+def test_fault_3_fault_13_fault_15_fault_16_fault_25_what_cannot_be_scored_says_why(folders, data, tmp_path):
+    """Also a text without words, a damaged record, and a model that gives NaN; the other rows are as they were."""
     images = tmp_path / "images"
     shutil.copytree(data, images)
     (images / "0.png").unlink()
@@ -203,70 +269,209 @@ def test_what_cannot_be_scored_is_a_row_that_says_why(folders, data, tmp_path):
     samples = read_llava_json(data / "data.json")
     samples[5] = replace(samples[5], images=("../5.png",))
     samples[6] = replace(samples[6], turns=(samples[6].turns[0], replace(samples[6].turns[1], text=" ")))
+    samples.append(replace(samples[7], problem="the conversation is empty"))
     for batch_size in (1, 64):
-        found = rows(samples, images, folders["clip"], batch_size=batch_size)
-        whole = rows(read_llava_json(data / "data.json"), data, folders["clip"], batch_size=batch_size)
-        assert np.isnan(found["scores"]).tolist() == [True, True, False, True, True, True, False]
+        found = rows(OneLost(samples, images), folders["clip"], batch_size=batch_size)
+        whole = rows(open_records(data / "data.json", data), folders["clip"], batch_size=batch_size)
+        assert np.isnan(found["scores"]).tolist() == [True] * 6 + [False, True]
         assert found["problems"][0] == "0.png: no such file"
-        for place, said in ((1, "1.png: can't be decoded"), (3, "link out of"), (4, "leaves the"), (5, "no words")):
+        for place, said in (
+            (1, "1.png: can't be decoded"), (2, "record 3 is damaged"), (3, "link out of"), (4, "leaves the"),
+            (5, "no words"), (7, "the conversation is empty"),
+        ):  # fmt: skip
             assert said in found["problems"][place]
-        assert found["scores"][[2, 6]] == pytest.approx(whole["scores"][[2, 6]], abs=1e-6)
-        assert found["truncated"] == [False] * 6 + [True]
+        assert found["ids"] == ["a", "b", "", "d", "e", "f", "g", "g"]
+        assert found["scores"][6] == pytest.approx(whole["scores"][6], abs=1e-6)
+        assert found["truncated"] == [False] * 6 + [True, False]
 
     model, preparation = load_model(folders["clip"])
     with torch.no_grad():
         model.visual_projection.weight[:] = torch.nan
-    (broken,) = score_pairs(samples, data, model, preparation)
+    (broken,) = similarity.score_pairs(open_records(data / "data.json", data), [[7, 0]], model, preparation)
     assert np.isnan(broken.scores).all()
-    assert broken.problems[2] == "the model's score is not finite"
+    assert broken.problems == ["the model's score is not finite"] * 2
 
 
-KILLED = """
-import os, signal, sys
-import torch
-import aligngpt.score as score
-from aligngpt.data.llava_json import read_llava_json
-
-torch.set_num_threads(1)
-score.PAIRS_PER_CHUNK = 2
-write = score.write_table
-def die_in_the_third(path, *rest):
-    if path.name == "000002.parquet":
-        path.with_name(path.name + ".tmp").write_bytes(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(path, *rest)
-score.write_table = die_in_the_third
-data, model, out = sys.argv[1:]
-score.write_scores(out, read_llava_json(data + "/data.json"), data, model, batch_size=2)
-"""
+# ---------------------------------------------------------------------------------------------------- many processes
 
 
-def test_fault_32_a_killed_scoring_goes_on_and_ends_with_the_same_bytes(folders, data, tmp_path, monkeypatch):
-    import aligngpt.score as score
+def processes(size, log, work):
+    """Fork `size` processes as torchrun would start them, each to end with the status of `work(rank)`.
 
-    monkeypatch.setattr(score, "PAIRS_PER_CHUNK", 2)
-    samples = read_llava_json(data / "data.json")
-    scored = []
-    cosines = score._cosines
-    monkeypatch.setattr(score, "_cosines", lambda *rest: scored.append(1) or cosines(*rest))
-    out, straight = tmp_path / "killed/scores.parquet", tmp_path / "straight.parquet"
-    out.parent.mkdir()
-    arguments = [str(path) for path in (data, folders["clip"], out)]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not out.exists()
+    What a process says goes to LOG/<rank>.txt, the places of each batch that it scores to LOG/<rank>.jsonl. Returns the
+    statuses and all that was said.
+    """
+    log.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
 
-    write_scores(straight, samples, data, folders["clip"], batch_size=2)
-    assert len(scored) == 4
-    write_scores(out, samples, data, folders["clip"], batch_size=2)
-    assert len(scored) == 4 + 2  # chunks 0 and 1 were there
-    assert out.read_bytes() == straight.read_bytes()
-    assert [path.name for path in out.parent.iterdir()] == ["scores.parquet"]
+    def child(rank):
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+        said = os.open(log / f"{rank}.txt", os.O_CREAT | os.O_WRONLY)
+        sys.stdout = sys.stderr = os.fdopen(said, "w", buffering=1)
+        cosines = similarity._cosines
 
-    subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
-    write_scores(out, samples[1:], data, folders["clip"], batch_size=2)  # other data: its chunks are not these
-    assert read_table(out, "scores")[0].num_rows == 6
-    assert len(scored) == 6 + 3
+        def logged(model, batch, padded):
+            with (log / f"{rank}.jsonl").open("a") as file:
+                file.write(json.dumps(batch.places) + "\n")
+            return cosines(model, batch, padded)
+
+        similarity._cosines = logged
+        try:
+            status = work(rank)
+        except SystemExit as stop:
+            status = stop.code
+        sys.stdout.flush()
+        os._exit(status)
+
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=child, args=(rank,)) for rank in range(size)]
+    for process in children:
+        process.start()
+    for process in children:
+        process.join(timeout=60)
+        process.kill()  # one that hangs has status -9
+        process.join()
+    said = "".join((log / f"{rank}.txt").read_text() for rank in range(size))
+    return [process.exitcode for process in children], said
+
+
+def scored(log, rank):
+    path = log / f"{rank}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def straight(folders, data, tmp_path_factory):
+    """What a scoring in one process leaves: four parts, of places [0, 1], [3, 4], [5, 6] and [7]."""
+    out = tmp_path_factory.mktemp("straight") / "scores"
+    assert run(data, folders["clip"], out) == 0
+    assert sorted(content(out)) == ["manifest.json", *(f"part-{part:06d}.parquet" for part in range(4))]
+    return content(out)
+
+
+def test_torchrun_makes_the_same_bytes(folders, data, tmp_path, straight):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["score", data / "data.json", "--model", folders["clip"], "--image-folder", data, "--out", tmp_path / "out"]
+    words += ["--device", "cpu", "--batch-size", 2, "--chunk-size", 2, "--workers", 1]
+    done = subprocess.run(
+        [*torchrun, "-m", "aligngpt", *map(str, words)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("7 pairs scored") == 1
+    assert content(tmp_path / "out") == straight
+
+
+def test_shards_have_the_scores_of_their_json(folders, data, tmp_path, straight):
+    assert pack(read_source(data / "data.json", data), tmp_path / "shards", records_per_shard=3) == []
+    words = ["--model", folders["clip"], "--out", tmp_path / "out", "--device", "cpu", "--workers", 2]
+    words += ["--batch-size", 2, "--chunk-size", 2]
+    assert main(["score", str(tmp_path / "shards"), *map(str, words)]) == 0
+    found = content(tmp_path / "out")
+    manifests = [json.loads(files.pop("manifest.json")) for files in (found, dict(straight))]
+    assert [manifest["data"].pop("name") for manifest in manifests] == ["shards", "data.json"]
+    assert manifests[0] == manifests[1]
+    assert found == {name: part for name, part in straight.items() if name != "manifest.json"}
+
+
+@pytest.mark.parametrize("others", [1, 3])
+def test_fault_32_a_killed_scoring_goes_on_and_ends_with_the_same_bytes(others, folders, data, tmp_path, straight):
+    """Process 1 of 2 is killed in its second part; then one process, or three, give the command again."""
+    out = tmp_path / "scores"
+
+    def killed(rank):
+        write = score.write_table
+
+        def die(path, *rest):
+            if path.name == "part-000003.parquet":
+                path.with_name(path.name + ".tmp").write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(path, *rest)
+
+        score.write_table = die
+        return run(data, folders["clip"], out)
+
+    statuses, said = processes(2, tmp_path / "first", killed)
+    assert statuses == [1, -signal.SIGKILL], said
+    assert [scored(tmp_path / "first", rank) for rank in (0, 1)] == [[[1, 0], [5, 6]], [[3], [4], [7]]]
+    left = content(out)
+    assert sorted(left) == [
+        *(f"part-{part:06d}.parquet" for part in range(3)),
+        "part-000003.parquet.tmp",
+        "scoring.json",
+    ]
+
+    statuses, said = processes(others, tmp_path / "second", lambda rank: run(data, folders["clip"], out))
+    assert statuses == [0] * others, said
+    again = [batch for rank in range(others) for batch in scored(tmp_path / "second", rank)]
+    assert again == [[7]]  # the one part that the killed process was in
+    assert content(out) == straight
+
+
+def test_a_finished_scoring_is_not_done_again(folders, data, tmp_path, straight, capsys, monkeypatch):
+    out = tmp_path / "scores"
+    out.mkdir()
+    for name, written in straight.items():
+        (out / name).write_bytes(written)
+    monkeypatch.setattr(similarity, "_cosines", None)
+    assert run(data, folders["clip"], out) == 0
+    assert "7 pairs scored" in capsys.readouterr().out
+    assert content(out) == straight
+
+
+def full_disk(rank):
+    """Process 1 fails in its first part; process 0, which scores, hears of it before its own is whole."""
+
+    def write(*_):
+        assert rank == 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    score.write_table = write
+    failed = Team.failed.fget
+
+    def waits(self):
+        while not failed(self):
+            pass
+        return True
+
+    if rank == 0:
+        Team.failed = property(waits)
+
+
+@pytest.mark.parametrize(
+    ("fails", "says"),
+    [
+        (full_disk, "process 1 of 2: [Errno 28] No space left on device"),
+        ("--model", "process 1 of 2: it differs from the first process: model.sha256 is "),
+        ("--out", "is not the folder that the first process sees; machines need to share it"),
+        ("--image-folder", "process 1 of 2: --image-folder is /nowhere; it needs a folder that exists"),
+    ],
+)
+def test_where_one_process_fails_all_end_with_one_message(fails, says, folders, data, tmp_path):
+    other = {"--model": shutil.copytree(folders["clip"], tmp_path / "model"), "--out": tmp_path / "other"}
+    (tmp_path / "model/added_tokens.json").write_text("{}")
+
+    def work(rank):
+        more = []
+        if callable(fails):
+            fails(rank)
+        elif rank:
+            more = [fails, other.get(fails, "/nowhere")]
+        return run(data, folders["clip"], tmp_path / "scores", *more)
+
+    statuses, said = processes(2, tmp_path / "log", work)
+    assert statuses == [2, 2], said
+    errors = [line for line in said.splitlines() if line.startswith("aligngpt score: ")]
+    assert len(errors) == 1
+    assert says in errors[0]
+    assert not list((tmp_path / "scores").glob("part-*"))
+
+
+# ---------------------------------------------------------------------------------------------------- the folder
 
 
 def half(chunk):
@@ -278,23 +483,52 @@ def spoiled_page(chunk):
     chunk.write_bytes(content[:4] + b"\xff" * 40 + content[44:])
 
 
-@pytest.mark.parametrize("damage", [lambda chunk: chunk.write_bytes(b""), half, spoiled_page])
-def test_a_damaged_chunk_is_scored_again(damage, folders, data, tmp_path, monkeypatch):
-    import aligngpt.score as score
-
-    monkeypatch.setattr(score, "PAIRS_PER_CHUNK", 2)
-    samples = read_llava_json(data / "data.json")
-    straight, out = tmp_path / "straight.parquet", tmp_path / "scores.parquet"
-    with monkeypatch.context() as patch:
-        patch.setattr(score.shutil, "rmtree", lambda folder: None)
-        write_scores(straight, samples, data, folders["clip"], batch_size=2)
-    (tmp_path / "straight.parquet.chunks").rename(tmp_path / "scores.parquet.chunks")
-    damage(tmp_path / "scores.parquet.chunks/000001.parquet")
-    write_scores(out, samples, data, folders["clip"], batch_size=2)
-    assert out.read_bytes() == straight.read_bytes()
+def flipped_bit(part):
+    """In a score, which stays a number."""
+    content = bytearray(part.read_bytes())
+    content[content.index(read_table(part, "scores")[0]["score"].to_numpy()[0].tobytes())] ^= 1
+    part.write_bytes(content)
 
 
-def test_chunks_of_another_tokenizer_are_not_used(folders, tmp_path):
+@pytest.mark.parametrize("damage", [lambda part: part.write_bytes(b""), half, spoiled_page, flipped_bit])
+def test_a_damaged_part_is_scored_again(damage, folders, data, tmp_path, straight):
+    out = tmp_path / "scores"
+    out.mkdir()
+    for name, written in straight.items():
+        if name != "manifest.json":
+            (out / name).write_bytes(written)
+    damage(out / "part-000001.parquet")
+    assert run(data, folders["clip"], out) == 0
+    assert content(out) == straight
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_of_another_scoring_is_left_alone(finished, folders, data, tmp_path, straight, capsys):
+    out = tmp_path / "scores"
+    out.mkdir()
+    for name, written in straight.items():
+        (out / name).write_bytes(written)
+    if not finished:
+        about = read_table(out / "part-000000.parquet", "scores")[1]
+        (out / "scoring.json").write_text(json.dumps(about))
+        (out / "manifest.json").unlink()
+    before = content(out)
+    other = shutil.copytree(data, tmp_path / "data")
+    (other / "data.json").write_text(json.dumps(json.loads((data / "data.json").read_text())[1:]))
+    for arguments, says in (
+        ((other, folders["clip"], out), "data.samples is 8 there, 7 here"),
+        ((data, folders["siglip"], out), "model.sha256 is "),
+        ((data, folders["clip"], out, "--batch-size", 3), "batch_size is 2 there, 3 here"),
+        ((data, folders["clip"], out, "--precision", "bf16"), "precision is fp32 there, bf16 here"),
+    ):
+        assert run(*arguments) == 2
+        said = capsys.readouterr().err
+        assert "holds scores that were made otherwise: " in said
+        assert says in said
+        assert content(out) == before
+
+
+def test_every_file_of_the_tokenizer_counts(folders, tmp_path):
     folder = shutil.copytree(folders["clip"], tmp_path / "model")
     before = model_hash(folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -317,7 +551,7 @@ def test_a_siglip_2_reads_small_letters(folders, data, tmp_path):
     texts = ("A Red CAR", "a red car")
     samples = [replace(sample, turns=(sample.turns[0], replace(sample.turns[1], text=text))) for text in texts]
     _, preparation = load_model(folder)
-    capitals, small = PairBatches(samples, data, preparation)[[0, 1]].token_ids
+    capitals, small = PairBatches(RecordList(samples, data), preparation)[[0, 1]].token_ids
     assert preparation.lower
     assert torch.equal(capitals, small)
     read = preparation.tokenizer.convert_ids_to_tokens(small)
@@ -326,31 +560,34 @@ def test_a_siglip_2_reads_small_letters(folders, data, tmp_path):
 
 
 def test_the_data_is_never_overwritten(folders, data, tmp_path, capsys):
-    mine = shutil.copytree(data, tmp_path / "data") / "data.json"
-    before = mine.read_bytes()
-    (tmp_path / "link.json").symlink_to(mine)
+    mine = shutil.copytree(data, tmp_path / "data")
+    before = content(mine)
+    (tmp_path / "link").symlink_to(mine)
     for out, says in (
-        (mine, "data.json, which is read here; it needs another name"),
-        (tmp_path / "link.json", "link.json, which is read here; it needs another name"),
-        (tmp_path, "which is a folder; it needs the name of a file"),
-        (mine / "scores.parquet", "data.json takes no files (File exists); it needs a folder that can be written to"),
+        (mine, "which is read here; it needs another name"),
+        (tmp_path / "link", "which is read here; it needs another name"),
+        (mine / "data.json", "which is read here; it needs another name"),
+        (mine / "0.png", "which is a file; it needs the name of a folder"),
+        (mine / "0.png/scores", "but it takes no files (Not a directory); it needs a folder that can be written to"),
     ):
-        words = ["--model", "/nowhere", "--image-folder", data, "--out", out]  # refused before the model is looked for
-        assert main(["score", str(mine), *map(str, words)]) == 2
-        assert f"aligngpt score: --out would write {out}" in (said := capsys.readouterr().err)
+        assert run(mine, "/nowhere", out) == 2  # refused before the model is looked for
+        assert f"aligngpt score: --out would write into {out}" in (said := capsys.readouterr().err)
         assert says in said
-        assert mine.read_bytes() == before
+        assert content(mine) == before
 
 
 def test_command_writes_scores_and_where_they_come_from(folders, data, tmp_path, capsys):
-    out = tmp_path / "new/scores.parquet"
-    words = ["--model", folders["siglip"], "--image-folder", data, "--out", out, "--workers", 0, "--device", "cpu"]
-    assert main(["score", str(data / "data.json"), *map(str, words)]) == 0
-    said = capsys.readouterr().out
-    assert "7 pairs scored" in said
-    assert "1 of them have a text longer" in said
-    assert "1 samples without an image" in said
-    table, metadata = read_table(out, "scores")
+    out, revision = tmp_path / "new/scores", "5" * 40
+    model = shutil.copytree(folders["siglip"], tmp_path / "snapshots" / revision)
+    images = shutil.copytree(data, tmp_path / "images")
+    (images / "5.png").unlink()
+    assert run(images, model, out, "--chunk-size", 5) == 0
+    said = capsys.readouterr()
+    assert "6 pairs scored" in said.out
+    assert "1 of them have a text longer" in said.out
+    assert "1 samples without an image" in said.out
+    assert "1 pairs have no score (column problem):\n  record 5 (id e): 5.png: no such file\n" in said.err
+    table, about = read_table(out / "part-000000.parquet", "scores")
     assert {field.name: str(field.type) for field in table.schema} == {
         "record": "int64",
         "id": "string",
@@ -358,18 +595,67 @@ def test_command_writes_scores_and_where_they_come_from(folders, data, tmp_path,
         "truncated": "bool",
         "problem": "string",
     }
-    assert metadata["data"] == {"sha256": data_hash(read_llava_json(data / "data.json")), "samples": 8}
+    manifest = read_manifest(out)
+    assert manifest["data"] == {
+        "sha256": data_hash(read_llava_json(data / "data.json")), "samples": 8, "name": "data.json"
+    }  # fmt: skip
     weights, words = {"config.json", "model.safetensors"}, {"tokenizer.json", "tokenizer_config.json"}
-    assert metadata["model"]["sha256"].keys() == weights | words
-    assert metadata["image"] == {
+    assert manifest["model"]["sha256"].keys() == weights | words
+    assert (manifest["model"]["folder"], manifest["model"]["revision"]) == (revision, revision)
+    assert manifest["image"] == {
         "size": SIZE,
         "aspect": "stretch",
         "resample": "bilinear",
         "mean": list(MEAN["siglip"]),
         "std": list(STD),
     }
-    assert metadata["text"] == {"tokens": LENGTH, "padded": True, "lower": False}
-    assert str(tmp_path.parent) not in json.dumps(metadata)  # names, no paths of this machine
+    assert manifest["text"] == {"tokens": LENGTH, "padded": True, "lower": False, "truncated": 1}
+    assert (manifest["precision"], manifest["batch_size"], manifest["chunk_size"]) == ("fp32", 2, 5)
+    assert (manifest["rows"], manifest["problems"]) == (7, 1)
+    assert [part["rows"] for part in manifest["parts"]] == [5, 2]
+    assert read_part(out, manifest, 1, ["record"])["record"].to_pylist() == [6, 7]
+    for said_of in (about, manifest):
+        assert str(tmp_path.parent) not in json.dumps(said_of)  # names, no paths of this machine
+    shutil.move(out / "part-000001.parquet", out / "part-000000.parquet")
+    with pytest.raises(ValueError, match=r"part-000000.parquet is not the file that manifest.json names"):
+        read_part(out, manifest, 0, ["record"])
+
+
+def test_a_revision_is_what_the_hub_calls_it(tmp_path):
+    note = tmp_path / ".cache/huggingface/download/config.json.metadata"
+    note.parent.mkdir(parents=True)
+    assert model_revision(tmp_path) is None
+    note.write_text("0123456789abcdef" * 2 + "01234567\netag\n1700000000.0\n")
+    assert model_revision(tmp_path) == "0123456789abcdef" * 2 + "01234567"
+    note.write_text("main\n")
+    assert model_revision(tmp_path) is None
+    assert model_revision(tmp_path / "snapshots/main") is None
+
+
+class Evil:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def pickle_of_code(folder):
+    (folder / "model.safetensors").unlink()
+    with (folder / "pytorch_model.bin").open("wb") as file:
+        pickle.dump({"logit_scale": Evil(folder / "touched")}, file, protocol=2)
+
+
+def zipped_code(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"logit_scale": Evil(folder / "touched")}, folder / "pytorch_model.bin")
+
+
+def cut_weights(folder):
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
 
 
 def vision_tower_alone(folder):
@@ -391,17 +677,22 @@ def larger_resize(folder):
     [
         (vision_tower_alone, {}, "model of type 'clip_vision_model'; scoring needs one of clip, siglip"),
         (weights_missing, {}, "scoring needs the whole clip"),
+        (pickle_of_code, {}, "a file of weights is not whole, or not of plain tensors alone"),
+        (zipped_code, {}, "a file of weights is not whole, or not of plain tensors alone"),
+        (cut_weights, {}, "a file of weights is not whole, or not of plain tensors alone"),
         (larger_resize, {}, "makes images of 32, 40 pixels; the model's vision tower needs 32"),
         (None, {"--model": "/nowhere"}, "/nowhere is not a model folder"),
         (None, {"--image-folder": "/nowhere"}, "--image-folder is /nowhere"),
         (None, {"--batch-size": 0}, "--batch-size is 0; it needs a whole number of at least 1"),
+        (None, {"--chunk-size": 0}, "--chunk-size is 0; it needs a whole number of at least 1"),
     ],
 )
 def test_refused(folders, data, tmp_path, capsys, spoil, options, says):
     folder = shutil.copytree(folders["clip"], tmp_path / "model")
     if spoil:
         spoil(folder)
-    flags = {"--model": folder, "--image-folder": data, "--out": tmp_path / "out/x.parquet", "--workers": 0} | options
-    assert main(["score", str(data / "data.json"), *(str(word) for flag in flags.items() for word in flag)]) == 2
+    more = [word for flag in options.items() for word in flag]
+    assert run(data, folder, tmp_path / "out", *more) == 2
     assert says in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*") if (tmp_path / "out").exists() else [])
+    assert not (folder / "touched").exists()

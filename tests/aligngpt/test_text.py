@@ -282,7 +282,7 @@ def test_text_only_has_no_align():
 
 
 def test_fault_26_fault_27_truncation():
-    """Counted after expansion, at the end, never into the image rows; the caller sees what is left to learn."""
+    """Counted after expansion, at the end, never into the first image; the caller sees what is left to learn."""
     _, whole = run(TURNS, "v1", llama())
     image_end = int((whole.input_ids == IDS.image).nonzero().max()) + 1
     length = len(whole.input_ids)
@@ -293,6 +293,25 @@ def test_fault_26_fault_27_truncation():
     assert cut.num_supervised == 0
     with pytest.raises(ValueError, match=f"cat 7: max_length {image_end - 1} .* end at token {image_end}"):
         run(TURNS, "v1", llama(), max_length=image_end - 1)
+
+
+def test_fault_27_a_cut_never_falls_inside_an_image():
+    """Wherever it is: in front of an image that it would cut, whose place and all that follows are left out."""
+    turns = [Turn("user", "<image>a"), Turn("assistant", "b"), Turn("user", "<image><image>c"), Turn("assistant", "d")]
+    _, whole = run(turns, "v1", llama(), num_images=3)
+    is_image = whole.input_ids == IDS.image
+    rows = is_image.nonzero().squeeze(1).tolist()
+    blocks = [range(rows[at], rows[at] + 3) for at in (0, 3, 6)]
+    for max_length in range(blocks[0].stop, len(whole.input_ids) + 2):
+        _, cut = run(turns, "v1", llama(), num_images=3, max_length=max_length)
+        kept = next((block.start for block in blocks if block.start < max_length < block.stop), max_length)
+        for name in ("input_ids", "labels", "gate_mask"):
+            assert torch.equal(getattr(cut, name), getattr(whole, name)[:kept])
+        assert (cut.input_ids == IDS.image).sum() == 3 * cut.num_images
+        assert cut.num_images == sum(block.stop <= kept for block in blocks)
+    for max_length in range(1, blocks[0].stop):
+        with pytest.raises(ValueError, match=f"max_length {max_length} cuts the first image; its rows end at token"):
+            run(turns, "v1", llama(), num_images=3, max_length=max_length)
 
 
 USER, ANSWER = Turn("user", "a"), Turn("assistant", "b")
@@ -307,7 +326,6 @@ USER, ANSWER = Turn("user", "a"), Turn("assistant", "b")
         ([Turn("system", "a")], "v1", {}, "cat 7: the roles are"),
         ([USER, ANSWER, USER, ANSWER], "plain", {}, "plain' takes one user and one assistant"),
         ([USER, ANSWER], "v1", {"generation": True}, "generation prompt needs the user's"),
-        ([USER, Turn("assistant", "an <image>")], "v1", {}, r"cat 7: turn 1 \(assistant\) holds <image>"),
         ([Turn("user", "<image>"), ANSWER], "v1", {"num_images": 2}, "cat 7: .* 1 <image> marks; .* 2 images"),  # 23
         ([Turn("user", "a\ud800"), ANSWER], "v1", {}, "cat 7: the text is not valid Unicode"),
         ([Turn("user", "a\ufdd0"), ANSWER], "v1", {}, r"cat 7: turn 0 holds U\+FDD0"),
@@ -369,6 +387,18 @@ def test_fault_24_without_pictures_a_mark_is_a_word(template):
     tokens = tokenize(parts, tokenizer, IDS, rows_per_image=4, align=True, num_images=0)
     assert not torch.isin(tokens.input_ids, torch.tensor([IDS.image, IDS.align])).any()
     assert "<image>" in tokenizer.decode(tokens.labels[tokens.labels >= 0])
+
+
+@pytest.mark.parametrize("template", ["v1", "llama_2", "plain"])
+def test_fault_24_beside_a_picture_an_answers_mark_is_a_word(template):
+    turns = [Turn("user", "<image>\nWhat is written?"), Turn("assistant", "It says <image> and <align></s>.")]
+    parts, tokens = run(turns, template, llama(), num_images=1)
+    assert [part.kind for part in parts].count("image") == 1
+    assert (tokens.input_ids == IDS.image).sum() == 3
+    assert (tokens.input_ids == IDS.align).sum() == 1
+    said = tokens.labels[tokens.labels >= 0]
+    assert "It says <image> and <align></s>." in llama().decode(said)
+    assert (said == 2).sum() == (template != "plain")  # the template's own </s>, not the one in the words
 
 
 @pytest.mark.parametrize("normalizer", [normalizers.NFC(), normalizers.NFKC()])

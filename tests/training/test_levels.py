@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from aligngpt.cli import main
 from aligngpt.data.llava_json import read_llava_json
-from aligngpt.data.tables import data_hash, write_table
+from aligngpt.data.tables import data_hash, part_name, write_manifest, write_table
 from training.config import read_command_line
 from training.entry import run
 
@@ -26,10 +26,22 @@ def make_levels(data: Path, folder: Path, name: str = "levels", *, seed: int = 0
     records = [sample.record for sample in samples if sample.images]
     scores = np.random.default_rng(seed).random(len(records), dtype=np.float32)
     scores[ASIDE] = np.nan
-    table = pyarrow.table({"record": records, "id": [samples[record].id for record in records], "score": scores})
-    write_table(folder / "scores.parquet", table, {"kind": "scores", "data": {"sha256": data_hash(samples)}})
+    missing = pyarrow.array([None if np.isfinite(score) else "lost" for score in scores], pyarrow.string())
+    table = pyarrow.table(
+        {
+            "record": records,
+            "id": [samples[record].id for record in records],
+            "score": scores,
+            "truncated": [False] * len(records),
+            "problem": missing,
+        }
+    )
+    about = {"kind": "scores", "data": {"sha256": data_hash(samples)}}
+    (folder / "scores").mkdir(exist_ok=True)
+    write_table(folder / "scores" / part_name(0), table, about)
+    write_manifest(folder / "scores", about, 1, {})
     out = folder / f"{name}.parquet"
-    words = ["levels", folder / "scores.parquet", "--data", data, "--out", out, "--num-levels", num_levels]
+    words = ["levels", folder / "scores", "--data", data, "--out", out, "--num-levels", num_levels]
     assert main([str(word) for word in [*words, "--json", folder / f"{name}.json"]]) == 0
     return out
 
@@ -104,7 +116,7 @@ def of_other_data(parts: Any, tmp_path: Path) -> Path:
 
 
 def scores_file(parts: Any, tmp_path: Path) -> Path:
-    return make_levels(parts.captions, tmp_path).with_name("scores.parquet")
+    return make_levels(parts.captions, tmp_path).with_name("scores") / part_name(0)
 
 
 def without_a_pair(parts: Any, tmp_path: Path) -> Path:
@@ -120,7 +132,7 @@ def without_a_pair(parts: Any, tmp_path: Path) -> Path:
         (of_other_data, ["levels.parquet belongs to other data"]),  # fault 34
         (without_a_pair, ["levels.parquet", "record 7 (id s7) has no level", "0..7"]),  # fault 35
         (lambda parts, tmp: make_levels(parts.captions, tmp, num_levels=4), ["--data.levels", "4 levels", "model's 8"]),
-        (scores_file, ["scores.parquet holds scores", "it needs levels, made by `aligngpt levels`"]),
+        (scores_file, ["part-000000.parquet holds scores", "it needs levels, made by `aligngpt levels`"]),
         (lambda parts, tmp: parts.captions, ["captions.json is no Parquet file"]),
         (lambda parts, tmp: "recrod", ["--data.levels", "recrod", "it needs record, random, none, or a file"]),
     ],

@@ -1,17 +1,37 @@
-"""The order of samples: every one once an epoch, a function of (seed, epoch), the same for any number of processes."""
+"""The order of samples: every one once an epoch, a function of (seed, epoch), the same for any number of processes.
+What cannot be used is dropped and replaced, as much a function of the data; and how batches come from workers."""
 
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer
 
-from aligngpt.processor import AlignGPTImageProcessor
+from aligngpt import data_doctor
+from aligngpt.batch import load_in_order
+from aligngpt.data.records import open_records
+from aligngpt.drops import commonest
+from aligngpt.processor import AlignGPTImageProcessor, AlignGPTProcessor
 from training import loader
-from training.loader import BadSample, Order, Undecoded, random_level, share
+from training.config import DataConfig
+from training.dali_pipeline import why_not_dali
+from training.dropped import too_many
+from training.loader import ATTEMPTS, Order, Part, Samples, micro_batches, random_level, replacement, share
+
+ROOT = Path(__file__).parents[2]
+needs_dali = pytest.mark.skipif(why_not_dali() is not None, reason=str(why_not_dali()))
 
 
 @pytest.mark.parametrize("kind", ["shuffle", "grouped"])
@@ -74,30 +94,195 @@ def test_665k_samples_are_ordered_within_a_second() -> None:
     assert time.perf_counter() - started < 1
 
 
+# ---------------------------------------------------------------------------------------------------- dropping
+
+
+@pytest.fixture
+def make_samples(parts: Any, tmp_path: Path) -> Callable[..., Samples]:
+    """Twelve pairs, of which 3 to 8 cannot be used, each for another reason."""
+    images = Path(shutil.copytree(parts.images, tmp_path / "images"))
+    (images / "3.png").unlink()
+    (images / "4.png").write_bytes((images / "4.png").read_bytes()[:900])
+    (images / "5.png").write_bytes(b"")
+    (images / "6.png").write_text("<html>not found</html>")
+    records = json.loads(parts.captions.read_text())
+    records[7]["conversations"] = []
+    records[8]["conversations"][0]["value"] = "<image>" + 400 * " Describe it."  # its answer is cut off
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(records))
+
+    def make(decode_by_dali: bool = False, **changed: Any) -> Samples:
+        processor = AlignGPTProcessor(
+            AlignGPTImageProcessor(28),
+            AutoTokenizer.from_pretrained(parts.llms["llama"]),
+            rows_per_image=4,
+            align_token_id=321,
+            image_token_id=322,
+            max_length=300,
+        )
+        settings: dict[str, Any] = {"levels": None, "num_levels": 8, "seed": 3, "decode_by_dali": decode_by_dali}
+        return Samples(open_records(path, images), processor, **settings | changed)
+
+    return make
+
+
+@pytest.mark.parametrize("decode_by_dali", [False, pytest.param(True, marks=needs_dali)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fault_1_3_5_13_25_26_what_cannot_be_used_is_dropped_and_replaced(
+    make_samples: Callable[..., Samples], decode_by_dali: bool, workers: int
+) -> None:
+    """Each bad sample is named with its reason; its stand-in is the one that (seed, epoch, index, attempt) gives."""
+    samples = make_samples(decode_by_dali)
+    plan = [Part(epoch, indices) for epoch in (0, 1) for indices in ([0, 3, 4], [5, 6, 7], [], [8, 1, 11])]
+    found = list(micro_batches(samples, plan, workers=workers, device=torch.device("cpu"), prefetch=2))
+
+    reasons = {
+        3: "3.png: no such file",
+        4: "4.png: can't be decoded",
+        5: "5.png: not an image (it is empty)",
+        6: "6.png: not an image (it begins with b'<html>",
+        7: "the conversation is empty",
+        8: "nothing of its answers is within max_length, 300 tokens",
+    }
+    for part, loaded in zip(plan, found, strict=True):
+        ids, dropped = [], []
+        for index in part.indices:
+            attempts = [index, *(replacement(3, part.epoch, index, attempt, 12) for attempt in range(1, 10))]
+            used = next(taken for taken in attempts if taken not in reasons)
+            dropped += attempts[: attempts.index(used)]
+            ids.append(f"s{used}")
+        assert loaded.batch is not None
+        assert loaded.batch.ids == (ids or ["dummy"])
+        assert [drop.record for drop in loaded.dropped] == dropped
+        for drop in loaded.dropped:
+            assert drop.id == f"s{drop.record}"
+            assert drop.reason.startswith(reasons[drop.record])
+            assert ".png" not in drop.kind
+    assert [loaded.batch.ids for loaded in found[:4]] != [loaded.batch.ids for loaded in found[4:]]  # epochs differ
+    assert {drop.record for loaded in found for drop in loaded.dropped} == set(reasons)
+
+
+@needs_dali
+def test_fault_6_a_picture_that_only_decoding_finds_bad_is_replaced_too(make_samples: Callable[..., Samples]) -> None:
+    """The screen passes a PNG whose pixels are damaged. PIL's batches and DALI's drop the same."""
+    for samples in (make_samples(True), make_samples(False)):
+        file = Path(samples.records.image(samples.records[1], 0))
+        data = bytearray(file.read_bytes())
+        start = data.index(b"IDAT") + 4
+        data[start + 2 : start + 40] = bytes(38)
+        file.write_bytes(data)
+        (loaded,) = micro_batches(samples, [Part(0, [0, 1, 2, 1])], workers=0, device=torch.device("cpu"), prefetch=1)
+        assert loaded.batch is not None
+        assert [drop.record for drop in loaded.dropped if drop.record == 1] == [1, 1]
+        assert loaded.batch.ids[0::2] == ["s0", "s2"]
+        assert "s1" not in loaded.batch.ids
+        images = sum(id != "s11" for id in loaded.batch.ids)  # that one is text alone
+        assert loaded.batch.pixel_values.shape == (images, 3, 28, 28)
+
+
+@pytest.mark.parametrize("decode_by_dali", [False, pytest.param(True, marks=needs_dali)])
+def test_the_doctor_lists_what_training_drops(make_samples: Callable[..., Samples], decode_by_dali: bool) -> None:
+    """To the letter: record, id, reason and kind; and it judges by the same limit."""
+    samples = make_samples(decode_by_dali)
+    parts = [Part(0, [record]) for record in range(12)]
+    found = micro_batches(samples, parts, workers=0, device=torch.device("cpu"), prefetch=1)
+    dropped = [loaded.dropped[0] for loaded in found if loaded.dropped]  # before what stood in for it
+    assert data_doctor.scan(samples.records, samples.processor).drops == dropped
+    assert [drop.record for drop in dropped] == [3, 4, 5, 6, 7, 8]
+    assert DataConfig().max_drop_rate == data_doctor.MAX_DROP_RATE
+
+
+def test_a_place_that_no_sample_can_take_has_no_batch(make_samples: Callable[..., Samples]) -> None:
+    samples = make_samples(kept=np.arange(3, 9))
+    loaded = samples[Part(0, [2])]
+    assert loaded.batch is None
+    assert len(loaded.dropped) == ATTEMPTS
+    count = sum(drop.record == 5 for drop in loaded.dropped)
+    (line,) = (line for line in commonest(loaded.dropped) if "it is empty" in line)
+    assert line.startswith(f"{count} × not an image (it is empty); it must be one of ")
+    assert "; for example record 5 (id s5): 5.png: not an image" in line
+
+
+def test_fault_14_the_limit_allows_what_is_within_and_stops_early_what_leads_beyond() -> None:
+    def stops(dropped: int, taken: int, max_rate: float = 0.01) -> bool:
+        return too_many(dropped, taken=taken, total=500_000, max_rate=max_rate)
+
+    assert not stops(5000, 500_000)
+    assert stops(5001, 500_000)
+    assert stops(1, 500_000, max_rate=0)
+    assert not stops(3, 256)  # one in a hundred
+    assert not stops(10, 256)  # bad luck
+    assert stops(64, 256)  # a quarter of the samples
+    assert too_many(2, taken=100, total=100, max_rate=0.01)
+    # Counts of samples of which exactly one in a hundred is bad stay below it: 2000 runs of 50,000 samples.
+    counts = np.random.default_rng(0).binomial(256, 0.01, (2000, 196)).cumsum(1)
+    taken = 256 * np.arange(1, 197)
+    expected = 0.01 * taken
+    assert (counts <= expected + 6 * np.sqrt(expected) + 6).all()
+
+
+# ---------------------------------------------------------------------------------------------------- handing over
+
+
+class Sized(Dataset[torch.Tensor]):
+    """Tensors of a megabyte each. A key of -1 kills the process that loads it."""
+
+    def __getitem__(self, key: int) -> torch.Tensor:
+        if key < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.full((2**18,), float(key))
+
+
+def test_fault_57_a_killed_worker_is_said_in_a_sentence() -> None:
+    """It dies while it sends a large item, so that the item's end never comes."""
+    items = load_in_order(Sized(), [0, 1, -1, 3], workers=1)
+    with pytest.raises(ChildProcessError, match=r"a process that loads samples was killed or crashed .*fewer workers"):
+        list(items)
+
+
+def test_fault_57_shared_memory_is_not_needed() -> None:
+    """Items of a megabyte where no file may exceed a page, which shared memory obeys too (locks take 32 bytes)."""
+    code = """
+import resource, sys
+sys.path.insert(0, "tests/training")
+import torch
+from torch.utils.data import DataLoader
+from aligngpt import data_doctor
+from aligngpt.batch import load_in_order
+from test_loader import Sized
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    torch.ones(8192).share_memory_()
+    sys.exit("shared memory takes a tensor")
+except RuntimeError:
+    pass
+for number, item in enumerate(load_in_order(Sized(), range(12), workers=2)):
+    assert (item == number).all()
+sys.stdout.write(f"{number} ")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "11 ", done.stderr
+
+
 def decoded_ahead(items: Iterator[Any], decoded: Any) -> Any:
     """`loader._decoded_ahead` of items, which it decodes by the given function."""
-    samples: Any = SimpleNamespace(processor=SimpleNamespace(image_processor=AlignGPTImageProcessor(28)))
-    samples.decoded = lambda item, pixels: decoded(item)
-    return loader._decoded_ahead(items, samples, torch.device("cpu"))
-
-
-def undecoded(number: int) -> Any:
-    batch: Any = number
-    return Undecoded(batch, [])
+    processor = SimpleNamespace(image_processor=AlignGPTImageProcessor(28))
+    samples: Any = SimpleNamespace(processor=processor, hardware_decoder=0.0)
+    samples.decoded = lambda part, item, pixels: decoded(item)
+    return loader._decoded_ahead(((None, item) for item in items), samples, torch.device("cpu"), 2)  # type: ignore[misc]
 
 
 def test_decoding_ahead_keeps_the_order_and_hands_its_exceptions_over() -> None:
-    def decoded(item: Any) -> int:
-        if item.batch == 7:
+    def decoded(item: int) -> int:
+        if item == 7:
             raise RuntimeError("DALI fails")
-        return 10 * item.batch
+        return 10 * item
 
-    bad = BadSample("data.json: record 3")
-    items = [undecoded(0), undecoded(1), bad, *(undecoded(number) for number in range(2, 7))]
-    expected = [0, 10, bad, 20, 30, 40, 50, 60]
-    assert list(decoded_ahead(iter(items), decoded)) == expected
+    expected = [0, 10, 20, 30, 40, 50, 60]
+    assert list(decoded_ahead(iter(range(7)), decoded)) == expected
 
-    stream = decoded_ahead(iter([*items, undecoded(7), undecoded(8)]), decoded)
+    stream = decoded_ahead(iter(range(9)), decoded)
     assert [next(stream) for _ in expected] == expected
     with pytest.raises(RuntimeError, match="DALI fails"):
         next(stream)
@@ -110,13 +295,12 @@ def test_decoding_ahead_is_closed_without_waiting_for_a_loader_that_hangs() -> N
 
     def items() -> Iterator[Any]:
         threads.append(threading.current_thread())
-        yield undecoded(0)
+        yield 0
         hangs.set()
         assert goes_on.wait(60)
-        for number in range(1, 100):
-            yield undecoded(number)
+        yield from range(1, 100)
 
-    stream = decoded_ahead(items(), lambda item: item.batch)
+    stream = decoded_ahead(items(), lambda item: item)
     assert next(stream) == 0
     assert hangs.wait(60)
     stream.close()
@@ -133,9 +317,9 @@ def test_decoding_ahead_is_closed_while_its_thread_waits_for_room() -> None:
 
     def items() -> Iterator[Any]:
         threads.append(threading.current_thread())
-        yield from map(undecoded, range(100))
+        yield from range(100)
 
-    stream = decoded_ahead(items(), lambda item: item.batch)
+    stream = decoded_ahead(items(), lambda item: item)
     assert next(stream) == 0
     stream.close()
     threads[0].join(60)

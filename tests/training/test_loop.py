@@ -5,7 +5,11 @@ scaled embedding). In both stages some micro-batches of one process hold text al
 """
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +22,17 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from aligngpt.batch import Batch
+from aligngpt.cli import main
 from aligngpt.model import AlignGPTForConditionalGeneration, fresh_align_weights
 from aligngpt.processor import AlignGPTProcessor
 from training import optim
 from training.checkpointing import create_run
 from training.config import TrainConfig, read_command_line, tiny
-from training.loader import Samples, micro_batches, share
+from training.loader import Part, Samples, micro_batches, share
 from training.loop import make_order, make_processor, read_samples
 from training.sharding import starting_config
 
+ROOT = Path(__file__).parents[2]
 Launch = Callable[..., Any]
 TABLE = "model.align_table"
 GATE = "gated_weight_layer.mlp.0.weight"  # as public folders call it
@@ -88,7 +94,7 @@ def kinds_of_micro_batches(config: TrainConfig) -> set[tuple[str, str]]:
     for batch in order.steps(0, config.epochs * order.steps_per_epoch):
         first, second = (
             [
-                "".join("i" if samples.samples[index].images else "t" for index in part)
+                "".join("i" if samples.records[index].images else "t" for index in part)
                 for part in share(batch, rank=rank, world_size=2, per_device=config.per_device_batch_size)
             ]
             for rank in (0, 1)
@@ -101,10 +107,11 @@ def whole_batches(config: TrainConfig) -> list[Batch]:
     """The global batches of a run, each padded as one."""
     samples = samples_of(config)
     order = make_order(config, samples)
-    parts = [batch.tolist() for batch in order.steps(0, config.epochs * order.steps_per_epoch)]
-    batches = list(micro_batches(samples, parts, workers=0, device=torch.device("cpu")))
-    assert all(isinstance(batch, Batch) for batch in batches), batches
-    return batches  # type: ignore[return-value]
+    steps = order.steps(0, config.epochs * order.steps_per_epoch)
+    parts = [Part(step // order.steps_per_epoch, batch.tolist()) for step, batch in enumerate(steps)]
+    found = list(micro_batches(samples, parts, workers=0, device=torch.device("cpu"), prefetch=1))
+    assert not any(loaded.dropped for loaded in found)
+    return [loaded.batch for loaded in found if loaded.batch is not None]
 
 
 def plain_run(model: AlignGPTForConditionalGeneration, config: TrainConfig) -> list[float]:
@@ -289,7 +296,7 @@ def stage_1_flags(parts: Any) -> list[object]:
     return [*flags, "--data.path", parts.captions, "--data.image-folder", parts.images]
 
 
-def test_a_gate_trains_beside_levels_when_one_process_has_text_alone(
+def test_fault_28_a_gate_trains_beside_levels_when_one_process_has_text_alone(
     launch: Launch, tmp_path: Path, parts: Any
 ) -> None:
     """Levels are looked up where there are images; the gate's gradient must be zero there, not absent."""
@@ -315,6 +322,91 @@ def test_the_random_table_is_neither_what_stage_1_began_with_nor_what_it_left(
     for table in tables:
         both = torch.stack([table.flatten(), model.model.align_table.detach().flatten()])
         assert abs(torch.corrcoef(both)[0, 1]) < 0.3  # 256 independent numbers
+
+
+def test_training_from_shards_is_training_from_json(launch: Launch, tmp_path: Path, parts: Any) -> None:
+    """`aligngpt pack`, then the same command with the shards in place of file and folder: the same bits."""
+    command = ["pack", parts.captions, "--image-folder", parts.images, "--out", tmp_path / "packed"]
+    assert main([str(word) for word in [*command, "--records-per-shard", 5, "--workers", 0]]) == 0
+    flags: list[object] = ["--model.llm", parts.llms["llama"], "--model.vision", parts.vision, "--max-steps", 2]
+    flags += ["--global-batch-size", 8, "--per-device-batch-size", 2, "--data.workers", 2]
+    sources = ["--data.path", tmp_path / "packed"], ["--data.path", parts.captions, "--data.image-folder", parts.images]
+    runs = [launch("pretrain", tmp_path / str(n), *flags, *source) for n, source in enumerate(sources)]
+    for run in runs:
+        assert run.status == 0, run.output
+    assert runs[0].losses == runs[1].losses
+    assert all(torch.equal(value, weights_of(runs[1])[name]) for name, value in weights_of(runs[0]).items())
+
+
+def test_fault_13_25_dropped_samples_are_written_down_and_the_run_goes_on(
+    launch: Launch, tmp_path: Path, parts: Any
+) -> None:
+    """Over one and two processes, with and without a stop: the same samples go, the same stand in, the same is learned.
+
+    Record 5 has no image file, record 9 no conversation.
+    """
+    images = Path(shutil.copytree(parts.images, tmp_path / "images"))
+    (images / "5.png").unlink()
+    records = json.loads(parts.captions.read_text())
+    records[9]["conversations"] = []
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    flags = [*stage_1_flags(parts), "--data.path", tmp_path / "data.json", "--data.image-folder", images]
+    flags += ["--global-batch-size", 4, "--per-device-batch-size", 1, "--data.workers", 1, "--data.max-drop-rate", 0.5]
+    flags += ["--data.decoder", "pil", "--epochs", 4, "--save-every", 5, "--keep-last", 9]
+    runs = [launch("pretrain", tmp_path / str(n), *flags, processes=n) for n in (1, 2)]
+    for run in runs:
+        assert run.status == 0, run.output
+
+    def dropped(run: Any) -> list[dict[str, Any]]:
+        lines = map(json.loads, (run.run_dir / "bad_samples.jsonl").read_text().splitlines())
+        return sorted(lines, key=lambda line: (line["step"], line["record"]))
+
+    lines = dropped(runs[0])
+    assert lines == dropped(runs[1])
+    assert runs[0].losses == pytest.approx(runs[1].losses, abs=1e-5)
+    assert {line["record"] for line in lines} == {5, 9}
+    assert len(lines) >= 8  # each in each epoch, and where it was drawn to stand in
+    named = {(line["record"], line["id"], line["reason"], line["kind"]) for line in lines}
+    empty = "the conversation is empty"
+    assert named == {(5, "s5", "5.png: no such file", "no such file"), (9, "s9", empty, empty)}
+    metrics = [json.loads(line) for line in (runs[0].run_dir / "metrics.jsonl").read_text().splitlines()]
+    for step in metrics:
+        assert step["dropped_samples"] == sum(line["step"] <= step["step"] for line in lines)
+
+    shutil.rmtree(runs[0].run_dir / "model")  # as if it had been stopped after step 5
+    (runs[0].run_dir / "LATEST").write_text("step-00000005\n")
+    for step in (10, 12):
+        shutil.rmtree(runs[0].run_dir / f"checkpoints/step-{step:08d}", ignore_errors=True)
+    again = launch("pretrain", runs[0].run_dir, *flags)
+    assert again.status == 0, again.output
+    assert dropped(again) == lines
+    assert again.losses == [step["loss"] for step in metrics]
+
+
+def test_fault_57_a_killed_loader_process_ends_the_run_which_goes_on_as_if_nothing_was(
+    launch: Launch, tmp_path: Path, parts: Any
+) -> None:
+    flags = [*stage_1_flags(parts), "--data.workers", 1, "--max-steps", 80, "--save-every", 2]
+    command = [sys.executable, "training/pretrain.py", "tiny", "--run-dir", tmp_path / "run", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(
+        [str(word) for word in command], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert run.poll() is None
+    # Of the process's children the loader's process is the one that runs the same program.
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    (worker,) = (pid for pid in children if "pretrain.py" in Path(f"/proc/{pid}/cmdline").read_text())
+    os.kill(int(worker), signal.SIGKILL)
+    _, output = run.communicate(timeout=120)
+    assert run.returncode == 1, output
+    (said,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert "a process that loads samples was killed or crashed" in said
+    assert "(--data.workers). The same command goes on from the last checkpoint." in said
+    again, straight = (launch("pretrain", tmp_path / name, *flags) for name in ("run", "straight"))
+    assert again.status == straight.status == 0, again.output + straight.output
+    assert again.losses == straight.losses
 
 
 def test_fault_38_a_gradient_that_is_not_finite_stops_before_the_weights_change(

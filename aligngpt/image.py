@@ -1,7 +1,9 @@
 """Image files to pixel tensors: the pre-processing every other path (DALI, torchvision) is tested against.
 
     open_image   bytes or path -> PIL RGB, fully decoded or refused
-    preprocess   PIL RGB       -> float32 (3, size, size): resize, crop, (x / 255 - mean) / std
+    preprocess   PIL RGB       -> float32 (3, size, size), in two steps:
+        squared        PIL RGB -> uint8 (3, size, size): pad, resize, crop
+        normalised     uint8   -> float32: (x / 255 - mean) / std
 
     aspect "square":  the short side becomes `size` (bicubic, the long side int(size · long / short)), centre crop.
     aspect "pad":     pasted into the centre of a square canvas of colour int(mean · 255), then as above.
@@ -30,6 +32,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 MAX_PIXELS = 89_478_485  # PIL's own warning threshold: 256 MiB of RGB
 MAX_BYTES = 1 << 28  # of a file: what that many pixels take uncompressed
@@ -121,29 +124,49 @@ def preprocess(
     std: Sequence[float],
     aspect: str,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
-) -> torch.Tensor:
-    """Pixels of an RGB image, float32 (3, size, size), normalised with `mean` and `std` (3 numbers each, of 0..1).
+) -> Tensor:
+    """Pixels of an RGB image, float32 (3, size, size), normalised: `squared`, then `normalised`."""
+    return normalised(squared(image, size=size, mean=mean, aspect=aspect, resample=resample), mean, std)
 
-    aspect: "square" (stage 1), "pad" (stage 2) or "stretch"; see the module's docstring.
-    resample: PIL's filter; every model here but SigLIP 2 (bilinear) was trained with bicubic.
+
+def squared(
+    image: Image.Image,
+    *,
+    size: int,
+    mean: Sequence[float],
+    aspect: str,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Tensor:
+    """Pixels of an RGB image, uint8 (3, size, size).
+
+    aspect: "square" (stage 1), "pad" (stage 2; with the colour of `mean`, 3 numbers of 0..1) or "stretch"; see the
+    module's docstring. resample: PIL's filter; every model here but SigLIP 2 (bilinear) was trained with bicubic.
     ImageError: a shape so long that resizing it would need more than `MAX_PIXELS` pixels.
     """
     if aspect not in ASPECTS:
         raise ValueError(f"aspect is {aspect!r}; it must be one of {', '.join(ASPECTS)}")
     if image.mode != "RGB":
         raise ValueError(f"image has mode {image.mode!r}; it must be 'RGB' (open_image returns that)")
-    if len(mean) != 3 or len(std) != 3:
-        raise ValueError(f"mean and std have {len(mean)} and {len(std)} numbers; RGB needs 3 each")
     if aspect == "pad":
         image = _pad_to_square(image, tuple(int(channel * 255) for channel in mean))
     if aspect == "stretch":
         image = _resize(image, size, size, resample)
     else:
         image = _resize_and_crop(image, size, resample)
-    # float64 until the rescaled value, as CLIP's image processor computes it
-    scaled = (np.asarray(image, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    pixels = (scaled - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+
+
+def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """float32 of uint8 pixels (…, 3, height, width), by `mean` and `std`, 3 numbers each, of 0..1.
+
+    For each of the 256 values x / 255 in fp32 is what CLIP's image processor computes in float64 and rounds.
+    """
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError(f"mean and std have {len(mean)} and {len(std)} numbers; RGB needs 3 each")
+    channels = [
+        torch.tensor(values, dtype=torch.float32, device=pixels.device)[:, None, None] for values in (mean, std)
+    ]
+    return pixels.float().div_(255).sub_(channels[0]).div_(channels[1])
 
 
 def _pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:

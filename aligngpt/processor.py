@@ -21,7 +21,7 @@ from .batch import Example
 from .checkpoint import read_config
 from .config import AlignGPTConfig, is_public
 from .data.llava_json import Sample
-from .image import ImageError, open_image, preprocess
+from .image import ImageError, normalised, open_image, squared
 from .text import (
     GATE_TEXTS,
     IMAGE_MARK,
@@ -42,7 +42,7 @@ _FROM_AUTO = ("trust_remote_code", "code_revision", "token", "force_download", "
 
 
 class AlignGPTImageProcessor(ImageProcessingMixin):
-    """Pictures to the tower's input, by `aligngpt.image.preprocess`.
+    """Pictures to the tower's input, by `aligngpt.image`.
 
     Args:
         size: pixels of the square side.
@@ -68,25 +68,23 @@ class AlignGPTImageProcessor(ImageProcessingMixin):
 
     def pixels(self, images: Sequence[ImageInput]) -> Tensor:
         """(images, 3, size, size) fp32."""
-        prepared = [
-            preprocess(
-                _rgb(image),
-                size=self.size,
-                mean=self.image_mean,
-                std=self.image_std,
-                aspect=self.image_aspect_ratio,
-            )
-            for image in images
-        ]
-        return torch.stack(prepared) if prepared else torch.zeros(0, 3, self.size, self.size)
+        return self.normalised([self._squared(_rgb(image)) for image in images])
 
     def read(self, file: str | Path | bytes, name: str) -> Tensor:
-        """(3, size, size) fp32 of an image file, or of what is in it. ImageError, beginning with `name`: it is none."""
+        """(3, size, size) uint8 of an image file, or of what is in it. ImageError: it is none; `name` is what it says."""
         image = open_image(file, name=name)
         try:
-            return self.pixels([image])[0]
+            return self._squared(image)
         except ImageError as error:  # too long to be resized
             raise ImageError(name, error.why) from error
+
+    def normalised(self, pictures: Sequence[Tensor]) -> Tensor:
+        """(pictures, 3, size, size) fp32 of what `read` returns."""
+        empty = torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
+        return normalised(torch.stack(list(pictures)) if pictures else empty, self.image_mean, self.image_std)
+
+    def _squared(self, image: Image.Image) -> Tensor:
+        return squared(image, size=self.size, mean=self.image_mean, aspect=self.image_aspect_ratio)
 
     def __call__(self, images: ImageInput | Sequence[ImageInput], **kwargs: Any) -> BatchFeature:
         return BatchFeature({"pixel_values": self.pixels(_listed(images))})
@@ -261,12 +259,10 @@ class AlignGPTProcessor(ProcessorMixin):
         count = text.num_images  # a cut may leave out the last ones
         try:
             named = zip(files[:count], sample.images[:count], strict=True)
-            pixels = [self.image_processor.read(file, name) for file, name in named]
+            pictures = [self.image_processor.read(file, name) for file, name in named]
         except (ValueError, OSError) as error:
             raise ValueError(f"{sample.name}: {error}") from error
-        size = self.image_processor.size
-        stacked = torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size)
-        return Example(id=sample.id, text=text, pixel_values=stacked, level=level)
+        return Example(id=sample.id, text=text, pixel_values=self.image_processor.normalised(pictures), level=level)
 
     def __call__(
         self,

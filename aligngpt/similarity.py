@@ -35,7 +35,7 @@ from .batch import load_in_order
 from .checkpoint import read_config
 from .data.llava_json import Sample
 from .data.records import Records
-from .image import open_image, preprocess
+from .image import normalised, open_image, squared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +66,7 @@ class Preparation:
     std: tuple[float, ...]
     aspect: str
     resample: Image.Resampling
-    dtype: torch.dtype  # of the model, and of pixels from where they are read on: there are fewer bytes to send
+    dtype: torch.dtype  # of the model
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class PairBatch:
     problems: list[str | None]  # (B,), None for those G
     token_ids: Tensor  # (G, L) int64
     attention_mask: Tensor  # (G, L) int64
-    pixel_values: Tensor  # (M, 3, size, size)
+    pixels: Tensor  # (M, 3, size, size) uint8
     owners: Tensor  # (M,) int64: which of the G an image belongs to
 
 
@@ -259,15 +259,14 @@ class PairBatches(Dataset[PairBatch]):
             problems=problems,
             token_ids=token_ids,
             attention_mask=attention_mask,
-            pixel_values=torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size, dtype=self.preparation.dtype),
+            pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8),
             owners=torch.tensor(owners, dtype=torch.int64),
         )
 
     def _pixels(self, sample: Sample, number: int) -> Tensor:
         how = self.preparation
         image = open_image(self.records.image(sample, number), name=sample.images[number])
-        pixels = preprocess(image, size=how.size, mean=how.mean, std=how.std, aspect=how.aspect, resample=how.resample)
-        return pixels.to(how.dtype)
+        return squared(image, size=how.size, mean=how.mean, aspect=how.aspect, resample=how.resample)
 
     def _tokens(self, texts: list[str]) -> tuple[Tensor, Tensor, list[bool]]:
         """Ids and mask (G, L), and which texts were cut."""
@@ -307,7 +306,7 @@ def score_pairs(
         problems = list(batch.problems)
         good = [row for row, problem in enumerate(problems) if problem is None]
         if good:
-            scores[good] = _cosines(model, batch, preparation.padded)
+            scores[good] = _cosines(model, batch, preparation)
         for row in good:
             if not np.isfinite(scores[row]):
                 scores[row], problems[row] = np.nan, "the model's score is not finite"
@@ -315,13 +314,14 @@ def score_pairs(
 
 
 @torch.inference_mode()
-def _cosines(model: nn.Module, batch: PairBatch, padded: bool) -> np.ndarray:
+def _cosines(model: nn.Module, batch: PairBatch, how: Preparation) -> np.ndarray:
     """(G,) mean cosine of each pair's images with its text."""
     device = next(model.parameters()).device
-    mask = {} if padded else {"attention_mask": batch.attention_mask.to(device)}
+    mask = {} if how.padded else {"attention_mask": batch.attention_mask.to(device)}
+    pixels = normalised(batch.pixels.to(device), how.mean, how.std).to(how.dtype)
     features: Any = model  # both kinds have the two methods
     with torch.backends.cudnn.flags(allow_tf32=False):  # the patch embedding is a convolution: fp32 there too
-        images = features.get_image_features(pixel_values=batch.pixel_values.to(device)).pooler_output
+        images = features.get_image_features(pixel_values=pixels).pooler_output
         texts = features.get_text_features(input_ids=batch.token_ids.to(device), **mask).pooler_output
     texts = texts.float()[batch.owners.to(device)]
     cosines = F.cosine_similarity(images.float(), texts, dim=-1).double().cpu().numpy()

@@ -73,7 +73,7 @@ class DataConfig:
     workers: int = 4
     """Processes that load samples, for each training process; 0 loads in the training process."""
     prefetch: int = 2
-    """Micro-batches whose images DALI decodes while the model is at work."""
+    """Micro-batches whose pixels are ready while the model is at work."""
     hardware_decoder: float = 0.0
     """Share of JPEG images, from 0 to 1, that a GPU's decoding unit gets; its pixels differ a little from others'."""
     max_drop_rate: float = 0.01

@@ -1,6 +1,6 @@
 """Picture files to pixels by DALI: `aligngpt.image` of M files at once, on a GPU or on CPU threads.
 
-    read     file -> Encoded, or pixels from PIL               in a loader's worker process
+    read     file -> Encoded, or bytes of pixels from PIL      in a loader's worker process
     decode   M of them -> (M, 3, size, size) fp32              in the training process, one run of the pipeline
 
     bytes ─ decode (RGB, EXIF ignored) ─ pad ─ widths ─ heights ─ crop ─ (x / 255 - mean) / std
@@ -89,7 +89,7 @@ class Encoded:
     name: str  # what errors call it
 
 
-Picture = Encoded | Tensor  # a tensor: (3, size, size) fp32, made by PIL
+Picture = Encoded | Tensor  # a tensor: (3, size, size) uint8, made by PIL
 
 
 def read(source: str | Path | bytes, image_processor: AlignGPTImageProcessor, *, name: str | None = None) -> Picture:
@@ -238,7 +238,7 @@ class DaliPixels:
             pixels = torch.empty(len(pictures), 3, size, size, device=self.device)
             for row, picture in enumerate(pictures):
                 if isinstance(picture, Tensor):
-                    pixels[row] = picture
+                    pixels[row] = self.image_processor.normalised([picture])[0]
             for rows in runs:
                 pixels[rows] = self._pixels([files[row] for row in rows])[0]
         if self.device.type == "cuda":
@@ -270,7 +270,8 @@ class DaliPixels:
             return self._finished(result), None
         if len(files) == 1:
             logger.info("%s: DALI can't decode it; PIL is asked. DALI says: %s", files[0].name, why)
-            return self.image_processor.read(files[0].data, files[0].name)[None].to(self.device), why
+            picture = self.image_processor.read(files[0].data, files[0].name)
+            return self.image_processor.normalised([picture]).to(self.device), why
         alone, reasons = zip(*(self._pixels([file]) for file in files), strict=True)
         if all(reasons):
             raise RuntimeError(

@@ -6,22 +6,23 @@ A global batch is cut into micro-steps of world × B samples (B per process), an
 process; every process runs the same number of micro-steps, and one whose part is empty runs a dummy without supervised
 tokens. Resuming needs the step's number and nothing else.
 
-    steps ─ share ─ parts ─ worker processes: read, tokenise, decode, collate ─ Loaded: a batch, and what was dropped
+    steps ─ share ─ parts ─ worker processes: read, tokenise, collate ─ Loaded ─ a thread of this process: pixels
 
 A sample that cannot be used is dropped: another takes its place, which is a pure function of (seed, epoch, index,
-attempt), so that every run of the same data drops and replaces the same. Where DALI decodes, the workers read and
-screen the files, and a thread of the training process turns them into pixels.
+attempt), so that every run of the same data drops and replaces the same. Where PIL decodes, the workers do it, and the
+thread normalises; where DALI does, the workers read and screen the files, and the thread decodes them.
 """
 
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from aligngpt.batch import Batch, Example, collate, load_in_order, waiting_for_workers
@@ -49,8 +50,8 @@ class Part:
 class Loaded:
     """A micro-batch, and the samples that others stand in for.
 
-    batch: None where `ATTEMPTS` samples in a row could not be used. pictures: where DALI decodes, those of the batch,
-    whose pixel_values are still (M, 3, 0, 0).
+    batch: None where `ATTEMPTS` samples in a row could not be used. pictures: those of the batch, as long as its
+    pixel_values are (M, 3, 0, 0).
     """
 
     batch: Batch | None
@@ -150,8 +151,7 @@ class Samples(Dataset[Loaded]):
 
     kept: (samples,) the records that the run takes; None: all of them. levels: (records,) the level of each record,
     "random", or None where no sample has one. The levels of a run are decided here, so they are data to the model.
-    decode_by_dali leaves the pictures to the training process, where `hardware_decoder` is the share that a GPU's
-    decoding unit gets.
+    decode_by_dali: DALI decodes, not PIL; `hardware_decoder` is the share of it that a GPU's decoding unit gets.
     """
 
     def __init__(
@@ -189,13 +189,15 @@ class Samples(Dataset[Loaded]):
                 if name in refused:
                     raise refused[name]
             files = [self.records.image(sample, number) for number in range(len(sample.images))]
-            level = self.level(sample)
-            if not self.decode_by_dali:
-                return self.processor.example(sample, files, level=level), []
             text = self.processor.text(sample)
-            named = zip(files[: text.num_images], sample.images, strict=False)
-            pictures = [read(file, self.processor.image_processor, name=name) for file, name in named]
-            return Example(sample.id, text, torch.empty(len(pictures), 3, 0, 0), level), pictures
+            image_processor = self.processor.image_processor
+            named = list(zip(files, sample.images, strict=True))[: text.num_images]  # a cut may leave out the last ones
+            pictures: list[Picture] = (
+                [read(file, image_processor, name=name) for file, name in named]
+                if self.decode_by_dali
+                else [image_processor.read(file, name) for file, name in named]
+            )
+            return Example(sample.id, text, torch.empty(len(pictures), 3, 0, 0), self.level(sample)), pictures
 
         examples: list[Example] = []
         pictures: list[Picture] = []
@@ -215,27 +217,30 @@ class Samples(Dataset[Loaded]):
             examples or [self.dummy()],
             token_ids=self.processor.token_ids,
             rows_per_image=self.processor.rows_per_image,
-            image_size=self.side,
+            image_size=0,
         )
         return Loaded(batch, dropped, pictures)
 
-    def decoded(self, part: Part, loaded: Loaded, pixels: DaliPixels) -> Loaded:
+    def decoder(self, device: torch.device) -> Callable[[Sequence[Picture]], Tensor]:
+        """What makes pictures pixels, (M, 3, size, size) fp32 on the device. ImageError: one that does not decode."""
+        image_processor = self.processor.image_processor
+        if self.decode_by_dali:
+            return DaliPixels(image_processor, device, hardware_share=self.hardware_decoder).decode
+        # Without DALI all of them are tensors.
+        return lambda pictures: image_processor.normalised([picture.to(device) for picture in pictures])  # type: ignore[union-attr]
+
+    def decoded(self, part: Part, loaded: Loaded, decode: Callable[[Sequence[Picture]], Tensor]) -> Loaded:
         """The batch with its pixels. Where a picture does not decode after all, its samples are replaced too."""
         refused: dict[str, ImageError] = {}
         while (batch := loaded.batch) is not None:
             try:
-                decoded = pixels.decode(loaded.pictures)
+                pixels = decode(loaded.pictures)
             except ImageError as error:
                 refused[error.name] = error
                 loaded = self.load(part, refused)
             else:
-                return Loaded(dataclasses.replace(batch, pixel_values=decoded), loaded.dropped, [])
+                return Loaded(dataclasses.replace(batch, pixel_values=pixels), loaded.dropped, [])
         return loaded
-
-    @property
-    def side(self) -> int:
-        """Height and width of the pixels that leave a worker."""
-        return 0 if self.decode_by_dali else self.processor.image_processor.size
 
     def level(self, sample: Sample) -> int | None:
         if not sample.images or self.levels is None:
@@ -248,19 +253,17 @@ class Samples(Dataset[Loaded]):
         """One padding token, no image, nothing supervised."""
         token = torch.tensor([self.processor.token_ids.pad])
         text = Tokenized(token, torch.full_like(token, IGNORE_INDEX), torch.zeros_like(token, dtype=torch.bool), 0)
-        return Example(id="dummy", text=text, pixel_values=torch.empty(0, 3, self.side, self.side))
+        return Example(id="dummy", text=text, pixel_values=torch.empty(0, 3, 0, 0))
 
 
 def micro_batches(
     samples: Samples, parts: Sequence[Part], *, workers: int, device: torch.device, prefetch: int
 ) -> Iterator[Loaded]:
-    """A batch for each part, in order, made ahead of time by `workers` processes.
+    """A batch for each part, in order, made ahead of time by `workers` processes and a thread, `prefetch` of them.
 
-    DALI leaves pixels on the device, `prefetch` batches ahead; everything else is on the host.
+    Pixels are on the device, everything else is on the host.
     """
     loader = load_in_order(samples, parts, workers=workers)
-    if not samples.decode_by_dali:
-        return loader
     return _decoded_ahead(zip(parts, loader, strict=True), samples, device, prefetch)
 
 
@@ -272,21 +275,21 @@ def _decoded_ahead(
     Nothing waits for the thread: a worker that hangs must not keep the process from ending. Once this is closed, the
     thread ends with the item it is at.
     """
-    pixels = DaliPixels(samples.processor.image_processor, device, hardware_share=samples.hardware_decoder)
+    decode = samples.decoder(device)
     ready: queue.Queue[Loaded | BaseException | None] = queue.Queue(prefetch)
     closed = threading.Event()
 
     def work() -> None:
         try:
             for part, loaded in loader:
-                ready.put(samples.decoded(part, loaded, pixels))
+                ready.put(samples.decoded(part, loaded, decode))
                 if closed.is_set():
                     return
             ready.put(None)
         except BaseException as error:  # whatever it is, the consumer must not wait for ever
             ready.put(error)
 
-    threading.Thread(target=work, name="dali", daemon=True).start()
+    threading.Thread(target=work, name="pixels", daemon=True).start()
     try:
         while True:
             with waiting_for_workers():

@@ -267,9 +267,7 @@ sys.stdout.write(f"{number} ")
 
 def decoded_ahead(items: Iterator[Any], decoded: Any) -> Any:
     """`loader._decoded_ahead` of items, which it decodes by the given function."""
-    processor = SimpleNamespace(image_processor=AlignGPTImageProcessor(28))
-    samples: Any = SimpleNamespace(processor=processor, hardware_decoder=0.0)
-    samples.decoded = lambda part, item, pixels: decoded(item)
+    samples: Any = SimpleNamespace(decoder=lambda device: None, decoded=lambda part, item, decode: decoded(item))
     return loader._decoded_ahead(((None, item) for item in items), samples, torch.device("cpu"), 2)  # type: ignore[misc]
 
 

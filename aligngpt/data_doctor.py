@@ -35,12 +35,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from .batch import load_in_order
-from .data.llava_json import Sample
-from .data.records import NO_LEVEL, RecordList, Records, open_records
+from .data.llava_json import Sample, printable
+from .data.records import NO_LEVEL, Records, in_shards, open_records
 from .data.tables import prepare_outputs, whole_file
 from .drops import Drop, commonest, use_or_drop
 from .image import MAX_PIXELS, open_image
-from .preview import printable
 from .text import Tokenized
 
 if TYPE_CHECKING:
@@ -101,8 +100,7 @@ class Parts(Dataset[Part]):
         drops: list[Drop] = []
 
         def use(sample: Sample) -> str:
-            files = [self.records.image(sample, number) for number in range(len(sample.images))]
-            num_images = len(files)
+            num_images = len(sample.images)
             if self.processor is not None:
                 uncut = self._uncut_text(sample)
                 lengths[place] = length = 0 if uncut is None else uncut.input_ids.shape[0]
@@ -110,7 +108,8 @@ class Parts(Dataset[Part]):
                 fits = 0 < length <= self.processor.max_length
                 text = uncut if uncut is not None and fits else self.processor.text(sample)
                 num_images = text.num_images
-            for file, name in zip(files[:num_images], sample.images, strict=False):
+            for number, name in enumerate(sample.images[:num_images]):
+                file = self.records.image(sample, number)
                 image = open_image(file, name=name)
                 sizes.append(image.size)
                 if self.processor is not None and _may_be_too_long(image.size, self.processor.image_processor.size):
@@ -432,14 +431,13 @@ def run(args: argparse.Namespace) -> int:
         records = open_records(args.data, args.image_folder)
         if not len(records):
             raise ValueError(f"{args.data} holds no samples; it needs at least one")
-        # Shards hold their images; they are another kind of records, or a subclass of this one.
-        if args.image_folder is None and type(records) is RecordList and records.num_images.any():
+        if args.image_folder is None and not in_shards(args.data) and records.num_images.any():
             raise ValueError(f"--image-folder is missing; {args.data} has samples with images, whose files need it")
         findings = scan(records, processor, workers=workers)
         found = facts(findings, max_drop_rate)
         if outputs:
             with whole_file(outputs[0]) as temporary, temporary.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in findings.drops)
+                file.writelines(json.dumps(asdict(drop)) + "\n" for drop in findings.drops)
             with whole_file(outputs[1]) as temporary, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Glyph")  # a script that the font lacks is drawn as boxes
                 summary(findings, found).savefig(temporary, dpi=110, format="png")

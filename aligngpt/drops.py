@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .data.llava_json import Sample
+from .data.llava_json import Sample, printable
 from .data.records import Records
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class Drop:
     kind: str
 
     def __str__(self) -> str:
-        return f"record {self.record}{f' (id {self.id})' if self.id else ''}: {self.reason}"
+        return printable(f"record {self.record}{f' (id {self.id})' if self.id else ''}: {self.reason}")
 
 
 def use_or_drop(records: Records, record: int, use: Callable[[Sample], T]) -> T | Drop:
@@ -50,9 +50,8 @@ def use_or_drop(records: Records, record: int, use: Callable[[Sample], T]) -> T 
 
 
 def _kind(reason: str) -> str:
-    """The reason without a file's first bytes, what a link leads to, and numbers."""
+    """The reason without a file's first bytes and numbers."""
     reason = re.sub(r"begins with b(['\"]).*\1\)", "begins with …)", reason)
-    reason = re.sub(r"image folder, to .*?; it must stay in .*", "image folder", reason)
     return re.sub(r"[0-9]+", "…", reason)
 
 
@@ -63,4 +62,4 @@ def commonest(drops: Iterable[Drop], most: int = 10) -> list[str]:
     for drop in drops:
         counts[drop.kind] += 1
         examples.setdefault(drop.kind, drop)
-    return [f"{count} × {kind}; for example {examples[kind]}" for kind, count in counts.most_common(most)]
+    return [f"{count} × {printable(kind)}; for example {examples[kind]}" for kind, count in counts.most_common(most)]

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,7 +74,13 @@ def opened(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL warns of large or odd files; here they are refused or they decode
         try:
-            length = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+            if isinstance(source, bytes):
+                length = len(source)
+            else:
+                found = os.stat(source)
+                if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+                    raise ImageError(name, "no regular file")
+                length = found.st_size
             if length > MAX_BYTES:
                 raise ImageError(name, f"{length} bytes; at most {MAX_BYTES} are read")
             raw = io.BytesIO(source) if isinstance(source, bytes) else io.FileIO(source)
@@ -92,6 +99,8 @@ def opened(
         except Image.DecompressionBombError as error:
             raise ImageError(name, f"too many pixels; at most {MAX_PIXELS} are decoded ({error})") from error
         except Exception as error:  # damaged input: PIL's decoders raise whatever their parser trips over
+            if isinstance(error, OSError) and error.strerror:  # the system's; it would name the whole path
+                raise ImageError(name, f"can't be read ({error.strerror})") from error
             raise ImageError(name, f"can't be decoded ({type(error).__name__}: {error})") from error
 
 

@@ -31,9 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from .data.records import NO_LEVEL, Records, is_tar, open_records
+from .data.records import NO_LEVEL, Records, in_shards, open_records
 from .data.tables import (
-    MANIFEST,
     described,
     prepare_outputs,
     read_manifest,
@@ -182,10 +181,10 @@ def run(args: argparse.Namespace) -> int:
     for flag, value in (("--report", args.report), ("--json", args.json)):
         if value and not args.data:
             raise ValueError(f"{flag} is {value}, but there is no --data; it needs the data that was scored")
-    in_shards = bool(args.data) and (Path(args.data).is_dir() or is_tar(args.data))
-    if args.report and not in_shards and not (args.image_folder and Path(args.image_folder).is_dir()):
+    shards = bool(args.data) and in_shards(args.data)
+    if args.report and not shards and not (args.image_folder and Path(args.image_folder).is_dir()):
         raise ValueError(f"--image-folder is {args.image_folder}; --report needs a folder that exists")
-    if args.json and (in_shards or args.data.endswith(".jsonl")):
+    if args.json and (shards or args.data.endswith(".jsonl")):
         raise ValueError(
             f"--json is {args.json}, but --data is {args.data}; it needs a LLaVA JSON file. "
             "Training takes the levels of other data from --out"
@@ -193,9 +192,13 @@ def run(args: argparse.Namespace) -> int:
     outputs = [("--out", args.out), *([("--json", args.json)] if args.json else [])]
     if args.report:
         outputs += [("--report", os.path.join(args.report, name)) for name in ("levels.png", "contact-sheet.png")]
-    manifest_file = os.path.join(args.scores, MANIFEST)
-    prepare_outputs(outputs, read=[manifest_file, *([args.data] if args.data else [])])
+    for flag, path in outputs:
+        if Path(args.scores).resolve() in Path(path).resolve().parents:
+            raise ValueError(
+                f"{flag} would write {path} into {args.scores}, which is read here; it needs another place"
+            )
     manifest = read_manifest(args.scores)
+    prepare_outputs(outputs, read=[args.data] if args.data else [])
     records = open_records(args.data, args.image_folder) if args.data else None
     if records is not None:
         check_data(args.scores, manifest["data"]["sha256"], records)

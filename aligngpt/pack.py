@@ -32,7 +32,6 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -42,8 +41,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from .batch import load_in_order
-from .data.llava_json import Sample, json_records, jsonl_records, parse_record
-from .data.records import NO_LEVEL, RecordList, Records, is_tar
+from .data.llava_json import Sample, json_records, jsonl_records, parse_record, printable
+from .data.records import NO_LEVEL, RecordList, Records, in_shards
 from .data.shards import (
     FORMAT,
     IMAGE,
@@ -51,6 +50,7 @@ from .data.shards import (
     INDEX,
     MANIFEST,
     MISSING,
+    MOST_TEXT,
     RECORD,
     Found,
     TarShards,
@@ -58,7 +58,7 @@ from .data.shards import (
     scan_tars,
     shard_name,
 )
-from .data.tables import data_hash
+from .data.tables import data_hash, sync_to_disk, whole_file
 from .image import MAX_BYTES
 
 SECONDS_PER_DOWNLOAD = 60
@@ -102,6 +102,12 @@ def read_source(
     name = os.fspath(path)
     lines: list[bytes] = []
 
+    def add(record: dict[str, Any], where: str) -> None:
+        line = json.dumps(record, separators=(",", ":")).encode("ascii")
+        if len(line) > MOST_TEXT:
+            raise ValueError(f"{where} has {len(line)} bytes of JSON; at most {MOST_TEXT} are read from a shard")
+        lines.append(line)
+
     def json_samples() -> Iterator[Sample]:
         read = jsonl_records if name.endswith(".jsonl") else json_records
         for number, (record, where) in enumerate(read(path)):
@@ -109,14 +115,14 @@ def read_source(
             if sample.images and image_folder is None and not download:
                 raise ValueError(f"{where} has an image; packing needs an image folder")
             yield sample
-            lines.append(json.dumps(record, separators=(",", ":")).encode("ascii"))
+            add(record, where)
 
     def tar_samples() -> Iterator[Found]:
         for found in scan_tars(path):
             yield found
-            lines.append(json.dumps(found.record, separators=(",", ":")).encode("ascii"))
+            add(found.record, f"{found.path}: {found.sample.name}")
 
-    if not Path(path).is_dir() and not is_tar(name):
+    if not in_shards(path):
         found_hash = data_hash(json_samples())  # samples are not kept: their JSON is
         return Source(lines, RecordList([], image_folder, path=name), found_hash, download)
     if image_folder is not None or download:
@@ -180,7 +186,7 @@ def pack(source: Source, out: str | os.PathLike[str], *, records_per_shard: int 
     """
     from tqdm import tqdm
 
-    out = Path(out)
+    out = Path(os.path.abspath(out))  # "." has no name
     about = describe(source, records_per_shard)
     _check_free(out)
     partial = _partial(out)
@@ -206,7 +212,7 @@ def pack(source: Source, out: str | os.PathLike[str], *, records_per_shard: int 
         try:
             missing = _finish(partial, len(numbers), about)
             os.rename(partial / "shards", out)
-            _sync(out.parent)
+            sync_to_disk(out.parent)
         except OSError as error:
             raise _explained(error, partial) from error
         shutil.rmtree(partial)
@@ -252,8 +258,7 @@ def _check_free(out: Path) -> None:
 def _check_plan(partial: Path, plan: dict[str, Any]) -> None:
     path = partial / "plan.json"
     if not path.exists():
-        with _written(path) as file:
-            file.write(_json(plan))
+        _save(path, _json(plan))
     elif json.loads(path.read_bytes()) != plan:
         raise ValueError(f"{partial} is the beginning of another packing; remove it, or choose another --out")
 
@@ -298,10 +303,10 @@ class _Shards(Dataset[OSError | None]):
 
     def __getitem__(self, number: int) -> OSError | None:
         try:
-            with _written(self.partial / "shards" / shard_name(number)) as file:
+            path = self.partial / "shards" / shard_name(number)
+            with whole_file(path, sync=True) as temporary, temporary.open("wb") as file:
                 part = self._write(_Tar(file), number)
-            with _written(self.partial / f"{number:06d}.json") as file:
-                file.write(_json(part))
+            _save(self.partial / f"{number:06d}.json", _json(part))
         except OSError as error:
             return error
         return None
@@ -404,13 +409,12 @@ def _finish(partial: Path, num_shards: int, about: dict[str, Any]) -> list[str]:
     _checked(folder / "SHA256SUMS", "".join(f"{file['sha256']}  {name}\n" for name, file in sums).encode())
     for leftover in folder.glob("*.tmp"):  # of a worker that outlived an interrupted packing for a moment
         leftover.unlink(missing_ok=True)
-    _sync(folder)
+    sync_to_disk(folder)
     return missing
 
 
 def _checked(path: Path, data: bytes) -> dict[str, Any]:
-    with _written(path) as file:
-        file.write(data)
+    _save(path, data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
@@ -418,26 +422,9 @@ def _json(content: Any, indent: int | None = None) -> bytes:
     return (json.dumps(content, indent=indent) + "\n").encode("ascii")
 
 
-@contextmanager
-def _written(path: Path) -> Iterator[IO[bytes]]:
-    """A file that gets its name once it is whole and on the disk. Each process has a temporary name of its own."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _save(path: Path, data: bytes) -> None:
+    with whole_file(path, sync=True) as temporary:
+        temporary.write_bytes(data)
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -459,31 +446,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`aligngpt pack`: makes the folder, then says in a few lines what is in it."""
+    """`aligngpt pack`: makes the folder, then says in a few lines what is in it. 1: none of its images."""
     for flag, value, least in (("--records-per-shard", args.records_per_shard, 1), ("--workers", args.workers, 0)):
         if value < least:
             raise ValueError(f"{flag} is {value}; it needs a whole number of at least {least}")
     if args.image_folder is not None and not Path(args.image_folder).is_dir():
         raise ValueError(f"--image-folder is {args.image_folder}; it needs a folder that exists")
-    out = Path(args.out)
+    out = Path(os.path.abspath(args.out))
     if not (out / MANIFEST).is_file():
         _check_free(out)
     source = read_source(args.data, args.image_folder, download=args.download)
     if is_packed(out, describe(source, args.records_per_shard)):
         shutil.rmtree(_partial(out), ignore_errors=True)  # where it was interrupted after its last step but one
         print(f"{out} is finished; it holds these {len(source.lines)} records")
-        return 0
+        return _usable(out)
     missing = pack(source, out, records_per_shard=args.records_per_shard, workers=args.workers)
     manifest = read_manifest(out)
     size = sum(shard["bytes"] for shard in manifest["shards"])
     print(
         f"{manifest['records']} records and {manifest['images'] - len(missing)} images packed into {out}: "
-        f"{len(manifest['shards'])} shards of {size / 1e9:.3g} GB"
+        f"{len(manifest['shards'])} shards, {_size(size)}"
     )
     if missing:
         print(f"{len(missing)} images could not be packed; their records can't be used:", file=sys.stderr)
         for line in missing[:10]:
-            print(f"  {line}", file=sys.stderr)
+            print(f"  {printable(line)}", file=sys.stderr)
         if len(missing) > 10:
             print("  …", file=sys.stderr)
-    return 0
+    return _usable(out)
+
+
+def _usable(out: Path) -> int:
+    """The exit status for a finished folder: 1, with a word on why, where images were meant and none is there."""
+    manifest = read_manifest(out)
+    if not manifest["images"] or manifest["missing"] < manifest["images"]:
+        return 0
+    print(
+        f"none of the {manifest['images']} images is in {out}; remove it and pack with the --image-folder that their "
+        "names start from",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _size(num_bytes: int) -> str:
+    power = (len(str(num_bytes)) - 1) // 3
+    return f"{num_bytes / 1000**power:.4g} {('bytes', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"

@@ -23,7 +23,8 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from .data.records import RecordList, Records, open_records
+from .data.llava_json import printable
+from .data.records import Records, in_shards, open_records
 from .image import open_image
 from .text import IGNORE_INDEX, TEMPLATES, TokenIds, Tokenized
 
@@ -115,7 +116,7 @@ def preview(
             facts.append(f"level {sample.level}")
         for number, image in enumerate(sample.images):
             fact = image
-            if open_images:
+            if open_images and number < tokenized.num_images:
                 try:
                     width, height = open_image(records.image(sample, number), name=image).size
                 except ValueError as error:
@@ -157,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
             f"the index must be one of them and the count at least 1"
         )
     chosen = range(args.index, min(args.index + args.count, len(records)))
-    open_images = bool(args.image_folder) or type(records) is not RecordList
+    open_images = bool(args.image_folder) or in_shards(args.data)
     processor = AlignGPTProcessor.from_pretrained(args.model)
     encoding = sys.stdout.encoding or "utf-8"
     for text in preview(records, chosen, processor, open_images=open_images, template=args.template, color=color):
@@ -176,8 +177,3 @@ def _token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
         return printable(piece.replace("▁", " "))
     decoded = str(tokenizer.decode([token]))
     return printable(piece if "\ufffd" in decoded else decoded)  # the bytes of half a character
-
-
-def printable(text: str) -> str:
-    """The text with what would steer a terminal escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -21,6 +21,7 @@ from .batch import Example
 from .checkpoint import read_config
 from .config import AlignGPTConfig, is_public
 from .data.llava_json import Sample
+from .data.records import Records
 from .image import ImageError, normalised, open_image, squared
 from .text import (
     GATE_TEXTS,
@@ -71,7 +72,7 @@ class AlignGPTImageProcessor(ImageProcessingMixin):
         return self.normalised([self._squared(_rgb(image)) for image in images])
 
     def read(self, file: str | Path | bytes, name: str) -> Tensor:
-        """(3, size, size) uint8 of an image file, or of what is in it. ImageError: it is none; `name` is what it says."""
+        """(3, size, size) uint8 of an image file, or of what is in it. ImageError, naming it `name`: it is none."""
         image = open_image(file, name=name)
         try:
             return self._squared(image)
@@ -250,16 +251,14 @@ class AlignGPTProcessor(ProcessorMixin):
             raise ValueError(f"{sample.name}: nothing of its answers is within max_length, {self.max_length} tokens")
         return text
 
-    def example(self, sample: Sample, files: Sequence[Path | bytes], *, level: int | None = None) -> Example:
-        """A training sample with its pictures.
-
-        files: of its images, in order (`Records.image`). ValueError names the record and what is wrong with it.
-        """
+    def example(self, sample: Sample, records: Records, *, level: int | None = None) -> Example:
+        """A training sample of a data set with its pictures. ValueError names the record and what is wrong with it."""
         text = self.text(sample)
-        count = text.num_images  # a cut may leave out the last ones
         try:
-            named = zip(files[:count], sample.images[:count], strict=True)
-            pictures = [self.image_processor.read(file, name) for file, name in named]
+            pictures = [
+                self.image_processor.read(records.image(sample, number), sample.images[number])
+                for number in range(text.num_images)  # a cut may leave out the last ones
+            ]
         except (ValueError, OSError) as error:
             raise ValueError(f"{sample.name}: {error}") from error
         return Example(id=sample.id, text=text, pixel_values=self.image_processor.normalised(pictures), level=level)

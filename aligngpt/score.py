@@ -17,8 +17,10 @@ The data alone says which pairs a part holds and which of them are a batch: pair
 on several that share the output folder; part c is for process c mod their number. A part is written whole when all its
 pairs have a score, so a scoring that was killed goes on when the command is given again, with as many processes as one
 likes: each repeats at most the part that it was in, and the folder is then the same, byte for byte, as if nothing had
-happened. Parts that are damaged are scored again. A folder that was begun with other data, another model, another kind
-of device (a CPU's number of threads included) or other settings is refused, because its bits would differ.
+happened. Parts that are damaged are scored again, and those without any score, after a wrong `--image-folder` for
+example; a scoring without any is refused. A folder that was begun with other data, another model, another kind of
+device (a CPU's number of threads included) or other settings is refused, because its bits would differ; so is one that
+another scoring is writing to. Under torchrun a CPU has one thread unless OMP_NUM_THREADS says more.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,14 +41,16 @@ import torch
 from torch import nn
 
 from . import __version__
-from .data.records import Records, is_tar, open_records
+from .data.records import Records, in_shards, open_records
 from .data.tables import (
     MANIFEST,
+    alone,
     part_name,
     prepare_folder,
     read_manifest,
     read_part,
     read_table,
+    table_file,
     write_json,
     write_manifest,
     write_table,
@@ -94,15 +99,20 @@ class Scoring:
         return self.pairs[part * self.chunk_size : (part + 1) * self.chunk_size]
 
     def is_whole(self, part: int) -> bool:
-        """Whether a part is there, undamaged and of this scoring."""
+        """Whether a part is there, undamaged, of this scoring, and has a score.
+
+        Checksums don't cover all of a Parquet file; writing what was read from it again does.
+        """
         path = self.folder / part_name(part)
         if not path.is_file():
             return False
         try:
-            table, found = read_table(path, "scores")
-        except ValueError:
+            table, _ = read_table(path, "scores")
+            undamaged = table_file(table, self.about) == path.read_bytes()
+            right = undamaged and np.array_equal(table["record"].to_numpy(), self.places(part))
+        except (ValueError, KeyError):
             return False
-        return found == self.about and np.array_equal(table["record"].to_numpy(), self.places(part))
+        return right and table["problem"].null_count > 0
 
 
 def start(
@@ -141,6 +151,7 @@ def start(
         "batch_size": batch_size,
         "chunk_size": chunk_size,
         "device": _device_name(device),
+        **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
         "versions": _versions(),
     }
     names: dict[str, dict[str, Any]] = {
@@ -154,7 +165,7 @@ def start(
 def _device_name(device: torch.device) -> str:
     """What a result's last bits may depend on."""
     if device.type == "cpu":
-        return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        return f"cpu, {torch.backends.cpu.get_cpu_capability()}"
     return torch.cuda.get_device_name(device)
 
 
@@ -168,23 +179,38 @@ def _versions() -> dict[str, str]:
 def claim_folder(scoring: Scoring) -> bool:
     """Say in the folder which scoring it is for; whether that is finished already.
 
-    ValueError: it holds another scoring. Done by one process, before `check_folder` in all.
+    ValueError: it holds another scoring. Done by one process, `alone` there, before `check_folder` in all.
     """
-    finished = (scoring.folder / MANIFEST).is_file()
-    if finished or (scoring.folder / _STARTED).is_file():
-        found = read_manifest(scoring.folder) if finished else _read_started(scoring.folder)
-        if differing := differences(scoring.about, found):
-            raise ValueError(
-                f"--out {scoring.folder} holds scores that were made otherwise: {', '.join(differing)}; "
-                "it needs a folder of its own"
-            )
-    for path in scoring.folder.glob("part-*.parquet.tmp"):  # half a part of a process that was killed
-        path.unlink()
+    folder = scoring.folder
+    finished = (folder / MANIFEST).is_file()
+    found = _found(folder)
+    if found is not None and (differing := differences(scoring.about, found)):
+        needs = "it needs a folder of its own"
+        if len(differing) == 1 and differing[0].startswith("threads "):
+            needs = f"OMP_NUM_THREADS={found['threads']} goes on with these"
+        raise ValueError(f"--out {folder} holds scores that were made otherwise: {', '.join(differing)}; {needs}")
+    for path in folder.glob("part-*.tmp"):  # half a part of a process that was killed
+        path.unlink(missing_ok=True)
     if finished:
-        (scoring.folder / _STARTED).unlink(missing_ok=True)
+        (folder / _STARTED).unlink(missing_ok=True)
     else:
-        write_json(scoring.folder / _STARTED, scoring.about, indent=1)
+        write_json(folder / _STARTED, scoring.about, indent=1)
     return finished
+
+
+def _found(folder: Path) -> dict[str, Any] | None:
+    """What the folder's scoring says of itself; None: there is none."""
+    if (folder / MANIFEST).is_file():
+        return read_manifest(folder)
+    if (folder / _STARTED).is_file():
+        return _read_started(folder)
+    parts = sorted(folder.glob("part-*.parquet"))
+    for path in parts:
+        with suppress(ValueError):
+            return read_table(path, "scores", [])[1]
+    if parts:
+        raise ValueError(f"--out {folder} holds {parts[0].name}, which is of no scoring; it needs a folder of its own")
+    return None
 
 
 def check_folder(scoring: Scoring) -> None:
@@ -192,8 +218,7 @@ def check_folder(scoring: Scoring) -> None:
     folder = scoring.folder
     if not any((folder / name).is_file() for name in (_STARTED, MANIFEST)):
         raise ValueError(f"--out {folder} is not the folder that the first process sees; machines need to share it")
-    found = _read_started(folder) if (folder / _STARTED).is_file() else read_manifest(folder)
-    if differing := differences(scoring.about, found):
+    if differing := differences(scoring.about, _found(folder) or {}):
         raise ValueError(f"it differs from the first process: {', '.join(differing)}; all need the same")
 
 
@@ -206,18 +231,17 @@ def _read_started(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def differences(about: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def differences(about: Mapping[str, Any], found: Mapping[str, Any], section: str = "") -> list[str]:
     """What two scorings differ in, as "section.name is … there, … here". A manifest may say more than `about`."""
     said = []
-    for section, content in about.items():
-        there = found.get(section)
-        inner = isinstance(content, dict) and isinstance(there, dict)
-        for name in content if inner else [None]:
-            ours, theirs = (content[name], there.get(name)) if inner else (content, there)  # type: ignore[union-attr]
-            if ours != theirs:
-                label = f"{section}.{name}" if inner else section
-                short = [text if len(text) < 60 else f"{text[:57]}…" for text in map(str, (theirs, ours))]
-                said.append(f"{label} is {short[0]} there, {short[1]} here")
+    may_say_more = section.count(".") < 2  # files of a model are all compared
+    for name in about if may_say_more else {**about, **found}:
+        ours, theirs = about.get(name, "missing"), found.get(name, "missing")
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            said += differences(ours, theirs, f"{section}{name}.")
+        elif ours != theirs:
+            short = [text if len(text) < 60 else f"{text[:12]}…" for text in map(str, (theirs, ours))]
+            said.append(f"{section}{name} is {short[0]} there, {short[1]} here")
     return said
 
 
@@ -263,8 +287,29 @@ def _table(scores: Scores) -> pyarrow.Table:
 def finish(scoring: Scoring) -> dict[str, Any]:
     """Write the manifest, once all parts are there."""
     manifest = write_manifest(scoring.folder, scoring.about, scoring.num_parts, scoring.names)
+    names = {part["file"] for part in manifest["parts"]}
+    for path in scoring.folder.glob(f"part-{'[0-9]' * 6}.parquet"):
+        if path.name not in names:
+            path.unlink()
     (scoring.folder / _STARTED).unlink(missing_ok=True)
     return manifest
+
+
+def lost_parts(scoring: Scoring, parts: Sequence[int]) -> list[int]:
+    """Which of these parts of a finished scoring are not there, or not as its manifest says."""
+    manifest, lost = read_manifest(scoring.folder), []
+    for part in parts:
+        try:
+            read_part(scoring.folder, manifest, part, [])
+        except ValueError:
+            lost.append(part)
+    return lost
+
+
+def reopen(scoring: Scoring) -> None:
+    """Make a finished scoring one to go on with."""
+    write_json(scoring.folder / _STARTED, scoring.about, indent=1)
+    (scoring.folder / MANIFEST).unlink()
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -297,25 +342,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`aligngpt score`: fills the folder, then says in a few lines what is in it."""
-    with team() as everyone:
-        manifest = _run(args, everyone)
+    is_new = not os.path.exists(args.out)
+    try:
+        with team() as everyone, ExitStack() as lock:
+            manifest, scored_now = _run(args, everyone, lock)
+    finally:
+        if is_new:
+            with suppress(OSError):
+                os.rmdir(args.out)  # empty: it was refused
     if everyone.rank == 0:
-        _say(Path(args.out), manifest)
+        _say(Path(args.out), manifest, scored_now)
     return 0
 
 
-def _run(args: argparse.Namespace, everyone: Team) -> dict[str, Any]:
-    """The manifest; {} in all processes but the first."""
+def _run(args: argparse.Namespace, everyone: Team, lock: ExitStack) -> tuple[dict[str, Any], bool]:
+    """The manifest ({} in all processes but the first), and whether anything was scored now."""
     is_first = everyone.rank == 0
     scoring = everyone.agree(lambda: _started(args, everyone))
+    everyone.agree(lambda: lock.enter_context(alone("--out", scoring.folder)) if is_first else None)
     finished = everyone.gather(everyone.agree(lambda: is_first and claim_folder(scoring)))[0]
     everyone.agree(lambda: check_folder(scoring))
-    if finished:
-        return read_manifest(scoring.folder) if is_first else {}
     mine = range(everyone.rank, scoring.num_parts, everyone.size)
+    if finished:
+        if not any(everyone.gather(everyone.agree(lambda: lost_parts(scoring, mine)))):
+            return read_manifest(scoring.folder) if is_first else {}, False
+        everyone.agree(lambda: reopen(scoring) if is_first else None)
     todo = everyone.agree(lambda: [part for part in mine if not scoring.is_whole(part)])
     everyone.agree(lambda: _write_mine(scoring, todo, args.workers, everyone))
-    return everyone.agree(lambda: finish(scoring) if is_first else {})
+    return everyone.agree(lambda: finish(scoring) if is_first else {}), True
 
 
 def _started(args: argparse.Namespace, everyone: Team) -> Scoring:
@@ -326,8 +380,7 @@ def _started(args: argparse.Namespace, everyone: Team) -> Scoring:
     ):
         if value < least:
             raise ValueError(f"{flag} is {value}; it needs a whole number of at least {least}")
-    in_shards = Path(args.data).is_dir() or is_tar(args.data)
-    if not in_shards and not (args.image_folder and Path(args.image_folder).is_dir()):
+    if not in_shards(args.data) and not (args.image_folder and Path(args.image_folder).is_dir()):
         raise ValueError(f"--image-folder is {args.image_folder}; it needs a folder that exists")
     device = _device(args.device, everyone)
     read = [args.data, args.model, *([args.image_folder] if args.image_folder else [])]
@@ -354,6 +407,8 @@ def _device(asked: str, everyone: Team) -> torch.device:
     if asked == "cuda" and not gpus:
         raise ValueError("--device is cuda, but PyTorch finds no GPU; it needs one, or --device cpu")
     if asked == "cpu" or not gpus:
+        if everyone.store is not None and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # as torchrun does for two processes and more: any number makes the same bits
         return torch.device("cpu")
     if everyone.local_rank >= gpus:
         raise ValueError(f"--nproc-per-node is more than {gpus}, this machine's GPUs; each process needs one")
@@ -373,22 +428,31 @@ def _write_mine(scoring: Scoring, parts: Sequence[int], workers: int, everyone: 
             progress.update(done)
             return not everyone.failed
 
-        write_parts(scoring, parts, workers=workers, go_on=go_on)
+        try:
+            write_parts(scoring, parts, workers=workers, go_on=go_on)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"--batch-size is {scoring.batch_size}, for which the GPU's memory is too small; it needs fewer"
+            ) from error
 
 
-def _say(folder: Path, manifest: dict[str, Any]) -> None:
+def _say(folder: Path, manifest: dict[str, Any], scored_now: bool) -> None:
+    def count(number: int, noun: str) -> str:
+        return f"{number} {noun}{'' if number == 1 else 's'}"
+
     rows, problems, cut = manifest["rows"], manifest["problems"], manifest["text"]["truncated"]
-    print(f"{rows - problems} pairs scored into {folder}")
+    print(f"{count(rows - problems, 'pair')} scored into {folder}{'' if scored_now else ', finished already'}")
     if cut:
-        print(f"{cut} of them have a text longer than the model reads; it was cut (column truncated)")
+        print(f"{count(cut, 'text')} cut, being longer than the model reads (column truncated)")
     if manifest["data"]["samples"] > rows:
-        print(f"{manifest['data']['samples'] - rows} samples without an image have no row")
+        print(f"{count(manifest['data']['samples'] - rows, 'sample')} without an image, so without a row")
     if problems:
-        print(f"{problems} pairs have no score (column problem):", file=sys.stderr)
+        print(f"{count(problems, 'pair')} without a score (column problem):", file=sys.stderr)
         for row in itertools.islice(_problems(folder, manifest), 10):
             print(f"  record {row['record']} (id {row['id']}): {row['problem']}", file=sys.stderr)
         if problems > 10:
             print("  …", file=sys.stderr)
+        print(f"to score them again, remove {folder}", file=sys.stderr)
 
 
 def _problems(folder: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:

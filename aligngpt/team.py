@@ -57,16 +57,18 @@ class Team:
         """What `step()` gives in this process, once it has gone well in all.
 
         Where it ends with a ValueError or OSError in any process, none goes on: the first process raises it, with the
-        rank if it isn't everybody's, and the others exit without a word.
+        rank if it isn't everybody's, and the others exit without a word. Other exceptions are raised where they occur.
         """
         if self.store is None:
             return step()
         result, said = None, None
         try:
             result = step()
-        except (ValueError, OSError) as error:
-            said = str(error)
+        except Exception as error:
             self.store.set(_FAILED, "")
+            if not isinstance(error, ValueError | OSError):
+                raise
+            said = str(error)
         errors = self.gather(said)
         failed = [rank for rank, error in enumerate(errors) if error is not None]
         if not failed:

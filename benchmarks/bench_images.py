@@ -34,7 +34,7 @@ from aligngpt.text import Turn
 from training.dali_pipeline import why_not_dali
 from training.loader import Part, Samples, micro_batches
 
-PHOTOS, BATCH, BATCHES, ROUNDS, SIZE = 32, 32, 16, 5, 336
+PHOTOS, BATCH, BATCHES, ROUNDS, SIZE = 32, 32, 32, 3, 336
 
 
 def photo(number: int) -> Image.Image:

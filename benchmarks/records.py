@@ -4,10 +4,10 @@
 
 Makes records of the lengths of LLaVA's 665K (about 1.5 KB of JSON, a picture in 15 of 16) with pictures of 400 random
 bytes, as JSON and packed by `aligngpt pack`. Pictures are not decoded: reading them is all that is measured. Then new
-processes open the sets, one after the other: seconds, resident memory before and after (MiB of /proc/self/smaps_rollup;
-what was there before is Python and its imports), microseconds for one record at random with its picture, all pages
-cached. Last, four processes open the packed set and read its whole index: the part of the memory that is theirs alone
-and the share of what they have in common. All samples of both kinds must have the same hash.
+processes open the sets, one after the other: seconds, resident memory (MiB of /proc/self/smaps_rollup) and how much of
+it came after Python and its imports, microseconds for one record at random with its picture, all pages cached. Last,
+four processes open the packed set and read its whole index: the part of the memory that is theirs alone and the share
+of what they have in common. All samples of both kinds must have the same hash.
 """
 
 import argparse
@@ -128,11 +128,11 @@ def make(folder: Path, num_records: int) -> Path:
 
 
 def report(name: str, result: dict[str, Any]) -> None:
-    before, after = result["before"]["resident"], result["after"]["resident"]
+    imports, opened, used = (result[when]["resident"] for when in ("before", "after", "used"))
     print(
         f"{name:7} {result['records']:7} records: opened in {result['open_s']:.3f} s, its hash in "
-        f"{result['hash_s']:.3f} s; {before:.0f} -> {after:.0f} MiB resident, {result['used']['resident']:.0f} after "
-        f"{ACCESSES} accesses; {result['access_us']:.1f} µs for one"
+        f"{result['hash_s']:.3f} s; {opened:.0f} MiB resident, {opened - imports:.1f} beyond imports; {used:.0f} MiB, "
+        f"{used - imports:.1f} beyond imports, after {ACCESSES} accesses; {result['access_us']:.1f} µs for one"
     )
 
 

@@ -53,7 +53,7 @@ class DataConfig:
     path: str = ""
     """LLaVA JSON file, the same as JSON lines (.jsonl), or a folder of shards (`aligngpt pack`)."""
     image_folder: str = ""
-    """Folder that the records' image paths are relative to; shards hold their images and take none."""
+    """Folder that the records' image paths are relative to. Shards hold their images and take none."""
     levels: str = "record"
     """Alignment level of a sample: a file that `aligngpt levels` made, "record" (its record's align_level), "random",
     or "none", which leaves it to the gate."""
@@ -332,13 +332,8 @@ def check(config: TrainConfig, *, world_size: int = 1) -> None:
         need(os.path.isdir(folder), flag, folder, "a folder that exists")
         need(os.path.isfile(os.path.join(folder, "config.json")), flag, folder, "a folder that holds config.json")
     need(os.path.exists(data.path), "data.path", data.path, "a LLaVA JSON file, or shards, that exist")
-    shards = os.path.isdir(data.path) or data.path.endswith(".tar")
-    good, needs = (
-        (data.image_folder == "", "to be left out")
-        if shards
-        else (os.path.isdir(data.image_folder), "a folder that exists")
-    )
-    need(good, "data.image-folder", data.image_folder, needs)
+    good = data.image_folder == "" or os.path.isdir(data.image_folder)
+    need(good, "data.image-folder", data.image_folder, "a folder that exists")
     good = data.levels in LEVEL_WORDS or os.path.isfile(data.levels)
     need(good, "data.levels", data.levels, f"{', '.join(LEVEL_WORDS)}, or a file made by `aligngpt levels`")
     need(config.run_dir != "", "run-dir", config.run_dir, "a folder for the run")

@@ -1,7 +1,8 @@
 """Samples that a run could not use: a line each in RUN/bad_samples.jsonl, and the limit at which the run stops.
 
-A line holds: step (from 1), record, id, reason, kind (the reason without names and numbers). All processes keep the
-same count; rank 0 writes.
+A line holds: step (from 1), attempt (0 for a sample of the order; 1, 2, … for one that was to stand in), record, id,
+reason, kind (the reason without names and numbers). All processes keep the same lines; rank 0 writes. The limit is on
+the samples of the order.
 """
 
 import json
@@ -12,6 +13,7 @@ from training.metrics import lines_until, rewrite
 from training.sharding import World
 
 FILE = "bad_samples.jsonl"
+_FIELDS = ("record", "id", "reason", "kind")  # of a Drop
 
 
 class BadSampleError(ValueError):
@@ -33,8 +35,13 @@ class DroppedSamples:
         self.started = False
         self.unwritten: list[str] = []
         kept = map(json.loads, lines_until(self.path, first_step)) if world.rank == 0 else ()
-        earlier = [Drop(line["record"], line["id"], line["reason"], line["kind"]) for line in kept]
-        self.drops: list[Drop] = world.gather(earlier)[0]
+        earlier = [(line["attempt"], Drop(*(line[name] for name in _FIELDS))) for line in kept]
+        self.drops: list[tuple[int, Drop]] = world.gather(earlier)[0]
+
+    @property
+    def count(self) -> int:
+        """How many samples of the order were dropped."""
+        return sum(attempt == 0 for attempt, _ in self.drops)
 
     def start(self) -> None:
         """Write from now on; lines of steps that are taken again go. For rank 0 alone."""
@@ -43,24 +50,27 @@ class DroppedSamples:
         self.started = True
         self._write()
 
-    def step(self, number: int, drops: list[Drop], *, taken: int) -> None:
-        """Count what step `number` (from 0) dropped. taken: samples that the run has taken with it.
+    def step(self, number: int, drops: list[tuple[int, Drop]], *, taken: int) -> None:
+        """Take down what step `number` (from 0) dropped. taken: samples that the run has taken with it.
 
         Raises:
             BadSampleError: it is more than the run may drop.
         """
-        if not drops:
-            return
         self.drops += drops
-        for drop in drops:
-            line = {"step": number + 1, "record": drop.record, "id": drop.id, "reason": drop.reason, "kind": drop.kind}
-            self.unwritten.append(json.dumps(line, ensure_ascii=False) + "\n")
+        for attempt, drop in drops:
+            line = {"step": number + 1, "attempt": attempt} | {name: getattr(drop, name) for name in _FIELDS}
+            self.unwritten.append(json.dumps(line) + "\n")
         self._write()
-        if too_many(len(self.drops), taken=taken, total=self.total, max_rate=self.max_rate):
+        if too_many(self.count, taken=taken, total=self.total, max_rate=self.max_rate):
             raise BadSampleError(
-                f"{len(self.drops)} of the first {taken} samples cannot be used; --data.max-drop-rate allows "
-                f"{self.max_rate:g} of the run's {self.total}. {reasons(self.drops)}"
+                f"{self.count} of the first {taken} samples cannot be used; --data.max-drop-rate allows "
+                f"{self.max_rate:g} of the run's {self.total}. {self.reasons()}"
             )
+
+    def reasons(self) -> str:
+        """The ten commonest, a line each."""
+        lines = commonest(drop for _, drop in self.drops)
+        return "\n  ".join(["The commonest reasons (`aligngpt doctor` lists all samples):", *lines])
 
     def _write(self) -> None:
         if self.started:
@@ -77,8 +87,3 @@ def too_many(dropped: int, *, taken: int, total: int, max_rate: float) -> bool:
     """
     expected = max_rate * taken
     return dropped > min(max_rate * total, expected + 6 * expected**0.5 + 6)
-
-
-def reasons(drops: list[Drop]) -> str:
-    """The ten commonest, a line each."""
-    return "\n  ".join(["The commonest reasons:", *commonest(drops)])

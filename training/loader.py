@@ -48,14 +48,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A micro-batch, and the samples that others stand in for.
+    """A micro-batch, and the samples that could not be used for it.
 
+    dropped: each with the attempt that it was, 0 for the order's own sample, 1, 2, … for those that were to stand in.
     batch: None where `ATTEMPTS` samples in a row could not be used. pictures: those of the batch, as long as its
     pixel_values are (M, 3, 0, 0).
     """
 
     batch: Batch | None
-    dropped: list[Drop]
+    dropped: list[tuple[int, Drop]]
     pictures: list[Picture]
 
 
@@ -188,10 +189,10 @@ class Samples(Dataset[Loaded]):
             for name in sample.images:
                 if name in refused:
                     raise refused[name]
-            files = [self.records.image(sample, number) for number in range(len(sample.images))]
             text = self.processor.text(sample)
             image_processor = self.processor.image_processor
-            named = list(zip(files, sample.images, strict=True))[: text.num_images]  # a cut may leave out the last ones
+            names = sample.images[: text.num_images]  # a cut may leave out the last ones
+            named = [(self.records.image(sample, number), name) for number, name in enumerate(names)]
             pictures: list[Picture] = (
                 [read(file, image_processor, name=name) for file, name in named]
                 if self.decode_by_dali
@@ -201,14 +202,14 @@ class Samples(Dataset[Loaded]):
 
         examples: list[Example] = []
         pictures: list[Picture] = []
-        dropped: list[Drop] = []
+        dropped: list[tuple[int, Drop]] = []
         for index in part.indices:
             for attempt in range(ATTEMPTS):
                 taken = replacement(self.seed, part.epoch, index, attempt, len(self)) if attempt else index
                 found = use_or_drop(self.records, int(self.kept[taken]), use)
                 if not isinstance(found, Drop):
                     break
-                dropped.append(found)
+                dropped.append((attempt, found))
             else:
                 return Loaded(None, dropped, [])
             examples.append(found[0])

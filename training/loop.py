@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,14 +23,14 @@ from torch.nn.utils import clip_grad_norm_
 
 from aligngpt.batch import Batch
 from aligngpt.config import AlignGPTConfig
-from aligngpt.data.records import Records, check_levels, open_records
+from aligngpt.data.records import Records, check_levels, in_shards, open_records
 from aligngpt.levels import read_levels, with_levels
 from aligngpt.model import AlignGPTForConditionalGeneration
 from aligngpt.processor import AlignGPTImageProcessor, AlignGPTProcessor
 from training import checkpointing, optim, sharding
 from training.config import Stage, TrainConfig
 from training.dali_pipeline import why_not_dali
-from training.dropped import BadSampleError, DroppedSamples, reasons
+from training.dropped import BadSampleError, DroppedSamples
 from training.loader import ATTEMPTS, Order, Part, Samples, estimated_lengths, micro_batches, share
 from training.metrics import Metrics, peak_memory_bytes
 from training.sharding import World
@@ -80,7 +80,8 @@ def train(config: TrainConfig, stage: Stage) -> None:
             world=world,
         )
         steps = read_steps(config, samples, plan, order, first_step, dropped, world)
-        first = list(itertools.islice(steps, 1))
+        with alone():
+            first = list(itertools.islice(steps, 1))
 
         model = make_model(config, model_config, weights, world)
         optimizer = optim.make_optimizer(model.named_parameters(), config.optim)
@@ -97,14 +98,21 @@ def train(config: TrainConfig, stage: Stage) -> None:
             if world.rank == 0:
                 dropped.start()
             numbered = enumerate(itertools.chain(first, steps), first_step)
-            try:
+            with alone():
                 run_steps(config, model, optimizer, numbered, total_steps, order.steps_per_epoch, metrics, world)
-            except BadSampleError:
-                raise
-            except ValueError as error:  # one process's own, so no message for all of them
-                raise RuntimeError("a training step failed") from error
             checkpointing.export(config, model, weights, processor, world)
         say(world, f"model written to {config.run_dir}/model")
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Where a ValueError is one process's own: the others do not say it, so it is no message for all of them."""
+    try:
+        yield
+    except BadSampleError:
+        raise
+    except ValueError as error:
+        raise RuntimeError("a training step failed") from error
 
 
 def run_steps(
@@ -191,19 +199,19 @@ def read_steps(
         loaded = list(itertools.islice(loader, len(step_parts)))
         data_seconds = time.perf_counter() - started
         batches = [item.batch for item in loaded if item.batch is not None]
-        drops = [drop for item in loaded for drop in item.dropped]
+        drops = list(itertools.chain.from_iterable(item.dropped for item in loaded))
         tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
         supervised = sum(batch.num_supervised for batch in batches)
         counts = world.add(tokens, supervised, len(drops), len(loaded) - len(batches))
         tokens, supervised, num_drops, failed = map(int, counts)
         if num_drops:
-            drops = [drop for part in world.gather(drops) for drop in part]
+            drops = list(itertools.chain.from_iterable(world.gather(drops)))
             dropped.step(number, drops, taken=order.samples_until(number + 1))
         if failed:
             raise BadSampleError(
-                f"{samples.records.path}: {ATTEMPTS} samples in a row cannot be used. {reasons(dropped.drops)}"
+                f"{samples.records.path}: {ATTEMPTS} samples in a row cannot be used. {dropped.reasons()}"
             )
-        yield Step(batches, tokens, supervised, len(dropped.drops), data_seconds)
+        yield Step(batches, tokens, supervised, dropped.count, data_seconds)
 
 
 def with_decoder(config: TrainConfig, world: World) -> TrainConfig:
@@ -253,6 +261,8 @@ def read_samples(config: TrainConfig, model_config: AlignGPTConfig, processor: A
     records = open_records(data.path, data.image_folder or None)
     if not len(records):
         raise ValueError(f"--data.path is {data.path}, which holds no records; it needs at least one")
+    if not in_shards(data.path) and not data.image_folder and records.num_images.any():
+        raise ValueError(f"--data.image-folder is ''; {data.path} names images, so it needs the folder they start from")
     num_levels = model_config.num_align_levels
     kept: np.ndarray | None = None
     levels: np.ndarray | Literal["random"] | None

@@ -62,10 +62,11 @@ def lines_until(path: Path, step: int) -> list[str]:
     """The lines of the steps up to `step` (from 1), which a run that goes on after it keeps; [] without a file."""
     kept: list[str] = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-            kept.append(line)
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for line in file:
+                if not line.endswith("\n") or json.loads(line)["step"] > step:
+                    break
+                kept.append(line)
     return kept
 
 

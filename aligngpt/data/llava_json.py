@@ -55,7 +55,12 @@ class Sample:
     @property
     def name(self) -> str:
         """What errors call it."""
-        return f"record {self.record} (id {self.id})"
+        return f"record {self.record} (id {printable(self.id)})"
+
+
+def printable(text: str) -> str:
+    """The text with what would steer a terminal escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def read_llava_json(path: str | os.PathLike[str]) -> list[Sample]:
@@ -77,9 +82,10 @@ def read_llava_jsonl(path: str | os.PathLike[str]) -> list[Sample]:
 
 def json_records(path: str | os.PathLike[str]) -> Iterator[tuple[Any, str]]:
     """What a LLaVA JSON file lists, parsed and no more, each with what errors call it (for `parse_record`)."""
-    records = parse_json(Path(path).read_bytes(), path, "a JSON list of records")
+    needs = "a JSON list of records; JSON lines must be called .jsonl"
+    records = parse_json(Path(path).read_bytes(), path, needs)
     if not isinstance(records, list):
-        raise ValueError(f"{path}: holds {_kind(records)}; needs a list of records")
+        raise ValueError(f"{path}: holds {_kind(records)}; needs {needs}")
     for number, record in enumerate(records):
         yield record, f"{path}: record {number}"
 
@@ -115,7 +121,7 @@ def parse_json(data: bytes, path: str | os.PathLike[str], needs: str, first_line
 def image_path(root: str | os.PathLike[str], name: str) -> Path:
     """The file of an image name below `root`; whether it exists is for `open_image` to say.
 
-    ValueError: an absolute name, a URL, "..", or a link that leads out of the folder.
+    ValueError: an absolute name, a URL, "..", a link that leads out of the folder, or a folder, a pipe or a device.
     """
     parts = re.split(r"[/\\]", name)
     if not name or "\0" in name:
@@ -124,11 +130,20 @@ def image_path(root: str | os.PathLike[str], name: str) -> Path:
         raise ValueError(f"image name {name!r} is a URL; it must be a path below the image folder")
     if parts[0] == "" or ".." in parts or re.match(r"[A-Za-z]:[/\\]", name):
         raise ValueError(f"image name {name!r} leaves the image folder; it must be relative, without '..'")
-    root = Path(root).resolve()
+    return inside(root, name, f"image name {name!r}", "the image folder")
+
+
+def inside(root: str | os.PathLike[str], name: str, what: str, where: str) -> Path:
+    """The file called `name` in a folder, if there is one: no link out of it, and nothing that blocks who opens it.
+
+    ValueError, in which the file is `what` and the folder `where`: it is something else.
+    """
+    root = Path(os.path.realpath(root))  # unlike `resolve`, it takes a link to itself: for no file
     path = root / name
-    target = path.resolve()
-    if not target.is_relative_to(root):
-        raise ValueError(f"image name {name!r} is a link out of the image folder, to {target}; it must stay in {root}")
+    if not Path(os.path.realpath(path)).is_relative_to(root):
+        raise ValueError(f"{what} is a link out of {where}; it must stay in there")
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise ValueError(f"{what} is no plain file; it must not be a folder, a pipe or a device")
     return path
 
 

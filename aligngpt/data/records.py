@@ -123,7 +123,7 @@ def open_records(path: str | os.PathLike[str], image_folder: str | os.PathLike[s
     ValueError: the file is none of the three kinds or is damaged, or shards are given an image folder.
     """
     name = os.fspath(path)
-    if Path(path).is_dir() or is_tar(name):
+    if in_shards(path):
         from .shards import open_shards
 
         if image_folder is not None:
@@ -133,9 +133,14 @@ def open_records(path: str | os.PathLike[str], image_folder: str | os.PathLike[s
     return RecordList(read(path), image_folder, path=name)
 
 
+def in_shards(path: str | os.PathLike[str]) -> bool:
+    """Whether `open_records` takes the data set at `path` for shards: a folder, or a file that is called like a tar."""
+    return Path(path).is_dir() or is_tar(os.fspath(path))
+
+
 def is_tar(name: str) -> bool:
     """Whether a file is called like a tar, compressed ones included: shards refuse those by name."""
-    return re.search(r"\.(tar(\.\w+)?|tgz)$", name) is not None and not name.endswith(".idx")
+    return re.search(r"\.(tar(\.(gz|bz2|xz|zst|lz4))?|tgz)$", name) is not None
 
 
 def check_levels(records: Records, num_levels: int) -> None:

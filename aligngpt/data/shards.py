@@ -18,17 +18,21 @@ it should be, what lies before the cut stays usable; the shard is named in a war
 **Other WebDataset shards** have no index, so opening walks through the headers of all members and keeps every sample
 in memory. Members that follow each other and agree up to the first dot of their file name are one sample. It is a
 LLaVA record (`.json` with "conversations") with its images in order, or images and a caption (`.txt`, or "caption" in
-the `.json`), which becomes the turns "<image>" and caption. Other members (`.cls`, `.pkl`, `.npy`, …) are never read.
-A tar that ends too early gives the samples before its end, and a warning.
+the `.json`), which becomes the turns "<image>" and caption; a caption without an image is a sample with a `problem`.
+Other members (`.cls`, `.pkl`, `.npy`, …) are never read. A tar that ends too early gives the samples that are surely
+whole, and a warning: its last caption is dropped, because another image of it may have followed.
 
-Refused, always by ValueError: links, devices, absolute names and ".." in a tar; compressed tars; shards that are links
-out of their folder; an index that is not the one of the manifest. Members are read in place and never written to
-disk, no name in a tar or a record becomes a path, and nothing is unpickled.
+Refused, always by ValueError: links, devices, absolute names, ".." and sizes below 0 in a tar, and headers that would
+fill memory; compressed tars; shards that are links out of their folder, or pipes; an index that is not the one of the
+manifest, or contradicts itself or the shards. Members are read in place and never written to disk, records of more
+than `MOST_TEXT` and images of more than `MAX_BYTES` are not read at all, no name in a tar or a record becomes a path,
+and nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import re
@@ -43,7 +47,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from .llava_json import Sample, parse_json, parse_record
+from .llava_json import Sample, inside, parse_json, parse_record
 from .records import RecordList, Records, is_tar
 
 FORMAT = 1  # of a packed folder
@@ -65,8 +69,9 @@ MANIFEST = "manifest.json"
 INDEX = {"records.npy": RECORD, "images.npy": IMAGE}
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "ppm")
 
+MOST_TEXT = 1 << 26  # bytes of one record or caption
 _MOST_OPEN = 512  # shards that a process keeps open; further ones are opened for each read
-_MOST_TEXT = 1 << 26  # bytes of one record or caption in a tar
+_MOST_HEADER = 1 << 20  # bytes that one read of a tar's headers may ask for; long names and PAX fields are read whole
 _MEMBER = re.compile(r"((?:.*/)?[^./][^.]*)\.([^/]+)", re.DOTALL)  # WebDataset's key and extension
 
 logger = logging.getLogger(__name__)
@@ -99,8 +104,11 @@ class PackedShards(Records):
         manifest = read_manifest(path)
         self._sha256: str = manifest["data_hash"]
         for name, described in manifest["index"].items():
-            with _inside(self._folder, name).open("rb") as file:  # not the mapped pages: they would count as resident
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            try:
+                with _inside(self._folder, name).open("rb") as file:  # mapped pages would count as resident
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise ValueError(f"{self._folder / name} can't be read ({error.strerror}); needs the index") from error
             if found != described["sha256"]:
                 raise ValueError(
                     f"{self._folder / name}: SHA-256 is {found[:12]}…; {MANIFEST} needs {described['sha256'][:12]}…"
@@ -113,9 +121,28 @@ class PackedShards(Records):
                     "%s has %d bytes and needs %d; what is not in it can't be used", file_path, size, shard["bytes"]
                 )
         self._map()
+        self._check()
+        self._map()  # anew, so that the pages that were checked do not stay resident
 
     def _map(self) -> None:
         self._rows, self._images = (_mapped(self._folder / name, fields) for name, fields in INDEX.items())
+
+    def _check(self) -> None:
+        """The index leads into the shards, and gives every record images of its own."""
+        num_shards = len(self._files.paths)
+        shard, size, num_images = (self._rows[field] for field in ("shard", "size", "num_images"))
+        ends = np.cumsum(num_images, dtype=np.int64)
+        good = (
+            np.all((shard >= 0) & (shard < num_shards) & (size >= 0) & (num_images >= 0))
+            and np.all(self._rows["first_image"] == ends - num_images)
+            and sum(ends[-1:]) == len(self._images)
+            and np.all(self._images["size"] >= MISSING)
+        )
+        if not good:
+            raise ValueError(
+                f"{self._folder}: the index does not fit {num_shards} shards and {len(self._images)} images; needs the "
+                "files that `aligngpt pack` wrote"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_rows", "_images")}
@@ -138,7 +165,7 @@ class PackedShards(Records):
         row = self._rows[number]
         shard = int(row["shard"])
         where = f"{self._files.paths[shard]}: record {number}"
-        data = self._files.read(shard, int(row["offset"]), int(row["size"]), where)
+        data = self._files.read(shard, int(row["offset"]), int(row["size"]), where, MOST_TEXT)
         if zlib.crc32(data) != row["crc32"]:
             raise ValueError(f"{where}: its bytes are not those that were packed (CRC-32); sha256sum -c finds the file")
         return parse_record(parse_json(data, where, "a JSON object"), number, where)
@@ -146,11 +173,15 @@ class PackedShards(Records):
     def image(self, sample: Sample, number: int) -> bytes:
         name = sample.images[number]
         row = self._rows[sample.record]
+        if len(sample.images) != row["num_images"]:
+            raise ValueError(
+                f"{name}: the record has {len(sample.images)} images, the index of {self.path} {row['num_images']}"
+            )
         image = self._images[int(row["first_image"]) + number]
         shard, size = int(row["shard"]), int(image["size"])
         if size == MISSING:
             raise ValueError(f"{name}: was missing when the data were packed")
-        data = self._files.read(shard, int(image["offset"]), size, name)
+        data = self._files.read_image(shard, int(image["offset"]), size, name)
         if zlib.crc32(data) != image["crc32"]:
             raise ValueError(
                 f"{name}: its bytes in {self._files.paths[shard]} are not those that were packed (CRC-32); "
@@ -190,7 +221,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
             and all(isinstance(index["sha256"], str) for index in manifest["index"].values())
             and isinstance(manifest["data_hash"], str)
         )
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise ValueError(f"{path} does not describe shards and an index; needs a file that `aligngpt pack` wrote")
@@ -198,17 +229,14 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{path} is a link to {path.resolve()}; it must stay in its folder")
-    return path
+    return inside(folder, name, str(folder / name), "its folder")
 
 
 def _mapped(path: Path, fields: np.dtype) -> np.ndarray:
     """An array of the index, in shared pages of the file."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+        array = np.lib.format.open_memmap(path, mode="r")  # unlike `np.load`, it takes neither pickles nor archives
+    except (ValueError, OSError, OverflowError) as error:
         raise ValueError(f"{path} can't be mapped ({error}); needs an array that `aligngpt pack` wrote") from error
     if array.dtype != fields or array.ndim != 1:
         raise ValueError(f"{path} has rows of {array.dtype}; needs {fields}")
@@ -226,8 +254,15 @@ class _Files:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Files, (self.paths,)
 
-    def read(self, shard: int, offset: int, size: int, what: str) -> bytes:
-        """`size` bytes from `offset`. ValueError, beginning with `what`: they are not there."""
+    def read_image(self, shard: int, offset: int, size: int, name: str) -> bytes:
+        from ..image import MAX_BYTES
+
+        return self.read(shard, offset, size, name, MAX_BYTES)
+
+    def read(self, shard: int, offset: int, size: int, what: str, most: int) -> bytes:
+        """`size` bytes from `offset`. ValueError, beginning with `what`: more than `most`, or they are not there."""
+        if size > most:
+            raise ValueError(f"{what}: {size} bytes; at most {most} are read")
         path = self.paths[shard]
         try:
             descriptor = self._open.get(shard)
@@ -263,12 +298,16 @@ def _close(descriptors: dict[int, int]) -> None:
 @dataclass(frozen=True, slots=True)
 class Found:
     """A sample of a WebDataset tar: as a LLaVA record, parsed, and (offset, size) of each image, None where it is not
-    there."""
+    there.
+
+    whole: it says how many images it has, and they are there.
+    """
 
     record: dict[str, Any]
     sample: Sample
     path: Path
     images: list[tuple[int, int] | None]
+    whole: bool
 
 
 class TarShards(RecordList):
@@ -292,15 +331,11 @@ class TarShards(RecordList):
         self._files = _Files(list(shards))
 
     def image(self, sample: Sample, number: int) -> bytes:
-        from ..image import MAX_BYTES
-
         name = sample.images[number]
         shard, offset, size = self._spans[self._first[sample.record] + number].tolist()
         if size == MISSING:
             raise ValueError(f"{name}: {self.path} holds no image for it")
-        if size > MAX_BYTES:
-            raise ValueError(f"{name}: {size} bytes; at most {MAX_BYTES} are read")
-        return self._files.read(shard, offset, size, name)
+        return self._files.read_image(shard, offset, size, name)
 
 
 def scan_tars(path: str | os.PathLike[str]) -> Iterator[Found]:
@@ -334,7 +369,7 @@ def _scan(path: Path, number: int) -> Iterator[Found]:
                 if last_of_cut:
                     return
                 raise
-            if last_of_cut and None in found.images:
+            if last_of_cut and not found.whole:
                 return
             yield found
             number += 1
@@ -353,7 +388,7 @@ def _members(path: Path) -> tuple[list[_Member], str | None]:
     """A tar's files that have a key and are wholly there, and what is wrong with its end."""
     length = path.stat().st_size
     infos: list[tarfile.TarInfo] = []
-    with path.open("rb") as file:
+    with _Headers(io.FileIO(path)) as file:
         if file.read(2) == b"\x1f\x8b" or path.suffix != ".tar":
             raise ValueError(f"{path} is a compressed tar; needs a plain one, in which members can be read in place")
         file.seek(0)
@@ -361,8 +396,11 @@ def _members(path: Path) -> tuple[list[_Member], str | None]:
         try:
             with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
                 while (info := tar.next()) is not None:
+                    _check_member(info)  # before the next: a size below 0 would lead back to where we were
                     infos.append(info)
                 end = tar.offset
+        except _Refused as error:
+            raise ValueError(f"{path}: {error}") from error
         except Exception as error:  # a damaged header: tarfile raises whatever its parser trips over
             if not infos and length >= tarfile.BLOCKSIZE:
                 raise ValueError(f"{path} is no tar ({error}); needs a plain one") from error
@@ -376,19 +414,33 @@ def _members(path: Path) -> tuple[list[_Member], str | None]:
         problem = f"is damaged at byte {end}"
     members = []
     for info in infos:
-        _check_member(path, info)
         match = _MEMBER.fullmatch(info.name)
         if match and info.isreg() and info.offset_data + info.size <= length:
             members.append(_Member(info.name, match[1], match[2].lower(), info.offset_data, info.size))
     return members, problem
 
 
-def _check_member(path: Path, info: tarfile.TarInfo) -> None:
-    what = f"{path}: member {info.name!r}"
+class _Refused(ValueError):
+    """Of a tar whose headers say what no honest one says."""
+
+
+class _Headers(io.BufferedReader):
+    """A tar of which `tarfile` reads headers alone."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _MOST_HEADER:
+            raise _Refused(f"a header of {size} bytes at byte {self.tell()}; needs 0 to {_MOST_HEADER}")
+        return super().read(size)
+
+
+def _check_member(info: tarfile.TarInfo) -> None:
+    what = f"member {info.name!r}"
     if info.name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", info.name):
-        raise ValueError(f"{what} leaves the archive; its name must be relative, without '..'")
-    if not (info.isreg() or info.isdir()) or info.issparse() or info.size < 0:
-        raise ValueError(f"{what} is of type {info.type!r}; needs to be a plain file: no link, no device, not sparse")
+        raise _Refused(f"{what} leaves the archive; its name must be relative, without '..'")
+    if not (info.isreg() or info.isdir()) or info.issparse():
+        raise _Refused(f"{what} is of type {info.type!r}; needs to be a plain file: no link, no device, not sparse")
+    if info.size < 0:
+        raise _Refused(f"{what} has {info.size} bytes; needs 0 at least")
 
 
 def _sample(path: Path, file: Any, key: str, members: list[_Member], number: int) -> Found:
@@ -399,9 +451,9 @@ def _sample(path: Path, file: Any, key: str, members: list[_Member], number: int
         if member.extension in ("json", "txt"):
             if member.extension in texts:
                 raise ValueError(f"{path}: member {member.name!r} is there twice; needs one for each sample")
-            if member.size > _MOST_TEXT:
+            if member.size > MOST_TEXT:
                 raise ValueError(
-                    f"{path}: member {member.name!r} has {member.size} bytes; at most {_MOST_TEXT} are read"
+                    f"{path}: member {member.name!r} has {member.size} bytes; at most {MOST_TEXT} are read"
                 )
             file.seek(member.offset)
             texts[member.extension] = file.read(member.size)
@@ -411,24 +463,25 @@ def _sample(path: Path, file: Any, key: str, members: list[_Member], number: int
     record = parse_json(texts["json"], f"{where}.json", "a JSON object") if "json" in texts else None
     if isinstance(record, dict) and "conversations" in record:
         sample = parse_record(record, number, where)
-        return Found(record, sample, path, _placed(where, images, len(sample.images)))
+        placed = _placed(where, images, len(sample.images))
+        return Found(record, sample, path, placed, whole=None not in placed)
     caption = record.get("caption") if isinstance(record, dict) else None
     if "txt" in texts:
         try:
             caption = texts["txt"].decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}.txt is not UTF-8 ({error}); needs UTF-8") from error
-    if not images or not isinstance(caption, str):
+    if not isinstance(caption, str):
         kinds = ", ".join(member.extension for member in members)
         raise ValueError(f"{where} has {kinds}; needs a .json with 'conversations', or an image and its caption")
-    marks = "\n".join(["<image>"] * len(images))
+    marks = "\n".join(["<image>"] * max(1, len(images)))  # where the image is missing, its mark makes a problem
     record = {
         "id": key,
         "image": [member.name for member in images],
         "conversations": [{"from": "human", "value": marks}, {"from": "gpt", "value": caption.strip()}],
     }
     spans: list[tuple[int, int] | None] = [(member.offset, member.size) for member in images]
-    return Found(record, parse_record(record, number, where), path, spans)
+    return Found(record, parse_record(record, number, where), path, spans, whole=False)
 
 
 def _placed(where: str, members: list[_Member], num_images: int) -> list[tuple[int, int] | None]:

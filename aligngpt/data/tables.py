@@ -5,7 +5,8 @@
 
 A row is an image-text pair; the column "record" is the position of its sample in the data, from 0, and rows ascend by
 it. What a file is and how it was made stands in its schema's metadata as one JSON object, under the key "aligngpt"; its
-"kind" is "scores" or "levels". Pages carry checksums, so damage is found when a file is read.
+"kind" is "scores" or "levels". Pages carry checksums, so damage to the columns is found when a file is read; damage to
+headers and footer is found by `table_file`, which makes a file's bytes again from what was read, and by SHA-256.
 
 manifest.json says that a scoring is finished. It holds the parts' metadata, names, counts, and for each part its rows
 and SHA-256; `read_part` refuses a part that isn't the one it names.
@@ -16,6 +17,7 @@ and write every file whole or not at all.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -93,14 +95,49 @@ def _make_folder(folder: Path, who: str) -> None:
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name ending in .tmp to write to; it becomes `path` when all went well and is removed when not."""
-    temporary = Path(f"{os.fspath(path)}.tmp")
+def alone(flag: str, folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of the folder. ValueError: one is in it.
+
+    The lock belongs to this process: forked workers don't inherit it, and it ends with the process, however that ends.
+    """
+    path = folder / "lock"
+    with path.open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(file.fileno()), path.stat())  # or else removed since it was opened
+        except OSError:
+            held = False
+        if not held:
+            raise ValueError(f"{flag} {folder} is being written by another process; it needs to end first")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str], *, sync: bool = False) -> Iterator[Path]:
+    """A name ending in .tmp to write to; it becomes `path` when all went well and is removed when not.
+
+    sync: the content is on the disk before that, and each process has a .tmp of its own.
+    """
+    temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp" if sync else f"{os.fspath(path)}.tmp")
     try:
         yield temporary
+        if sync:
+            sync_to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_to_disk(path: str | os.PathLike[str]) -> None:
+    """Return when the content of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = None) -> None:
@@ -121,11 +158,18 @@ def described(schema: pyarrow.Schema, metadata: Mapping[str, Any]) -> pyarrow.Sc
 
 def write_table(path: str | os.PathLike[str], table: pyarrow.Table, metadata: Mapping[str, Any]) -> None:
     """Write a table and what it is."""
+    with whole_file(path, sync=True) as temporary:
+        temporary.write_bytes(table_file(table, metadata))
+
+
+def table_file(table: pyarrow.Table, metadata: Mapping[str, Any]) -> pyarrow.Buffer:
+    """What `write_table` writes: the same bytes for a table that was read from them."""
     import pyarrow.parquet
 
-    with whole_file(path) as temporary:
-        table = table.replace_schema_metadata(described(table.schema, metadata).metadata)
-        pyarrow.parquet.write_table(table, temporary, write_page_checksum=True)
+    sink = pyarrow.BufferOutputStream()
+    table = table.replace_schema_metadata(described(table.schema, metadata).metadata)
+    pyarrow.parquet.write_table(table, sink, write_page_checksum=True)
+    return sink.getvalue()
 
 
 def read_table(
@@ -150,7 +194,8 @@ def _parsed(
         metadata = metadata if isinstance(metadata, dict) else {}
         if metadata.get("kind") == kind:
             return parquet.read(columns), metadata
-    except (ValueError, OSError, RecursionError) as error:  # pyarrow raises the first two for damaged content
+    # What pyarrow and JSON raise for damaged content.
+    except (ValueError, OSError, KeyError, NotImplementedError, RecursionError) as error:
         raise ValueError(f"{path} is no Parquet file ({error}); it needs to be one made by `aligngpt`") from error
     found = f"holds {metadata['kind']}" if "kind" in metadata else "was not made by aligngpt"
     maker = {"scores": "score"}.get(kind, kind)
@@ -171,9 +216,9 @@ def write_manifest(
     """Read the parts of a scoring and write manifest.json, which says that it is finished; returns what it says.
 
     about: the metadata of every part; names: what the manifest says beyond it, in the sections "data" and "model".
-    ValueError: a part that is damaged or has other metadata.
+    ValueError: a part that is damaged or has other metadata, or no pair has a score.
     """
-    parts, counts = [], {"rows": 0, "problems": 0, "truncated": 0}
+    parts, problem, counts = [], None, {"rows": 0, "problems": 0, "truncated": 0}
     for number in range(num_parts):
         path = Path(folder) / part_name(number)
         content = path.read_bytes()
@@ -184,6 +229,12 @@ def write_manifest(
         counts["rows"] += len(table)
         counts["problems"] += len(table) - table["problem"].null_count
         counts["truncated"] += table["truncated"].to_numpy().sum().item()
+        problem = problem or next(filter(None, table["problem"].to_pylist()), None)
+    if counts["problems"] == counts["rows"]:
+        raise ValueError(
+            f"none of the {counts['rows']} pairs for {folder} has a score, for example: {problem}; it needs one at "
+            "least: check where the images are, and give the command again"
+        )
     manifest = {
         **about,
         **{section: {**about.get(section, {}), **more} for section, more in names.items()},
@@ -200,6 +251,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of a finished scoring. ValueError: there is none, or it is damaged."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
+        if Path(folder).is_file():
+            raise ValueError(f"{folder} is a file; scores are a folder now and need to be made again: `aligngpt score`")
         what = "has no manifest.json" if Path(folder).is_dir() else "is no folder"
         raise ValueError(f"{folder} {what}; it needs to be the folder of a finished `aligngpt score`")
     try:
@@ -217,15 +270,12 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def read_part(
     folder: str | os.PathLike[str], manifest: Mapping[str, Any], number: int, columns: Sequence[str]
 ) -> pyarrow.Table:
-    """Columns of a part. ValueError: it isn't the file that the manifest names. OSError: it cannot be read."""
+    """Columns of a part. ValueError: it's missing, or not the file that the manifest names. OSError: can't be read."""
     path = Path(folder) / part_name(number)
-    content = path.read_bytes()
-    stated = manifest["parts"][number]
-    if hashlib.sha256(content).hexdigest() != stated["sha256"]:
-        raise ValueError(
-            f"{path} is not the file that {MANIFEST} names: its SHA-256 differs; remove both and give the "
-            "`aligngpt score` command again"
-        )
+    content = path.read_bytes() if path.is_file() else None
+    if content is None or hashlib.sha256(content).hexdigest() != manifest["parts"][number]["sha256"]:
+        what = "is missing" if content is None else f"is not the file that {MANIFEST} names: its SHA-256 differs"
+        raise ValueError(f"{path} {what}; give the `aligngpt score` command again, which makes it anew")
     return _parsed(_buffer(content), path, "scores", columns)[0]
 
 

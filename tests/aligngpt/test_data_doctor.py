@@ -84,7 +84,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "13": ("13.jpg", "13.jpg: no such file"),
         "15": ("../secret.jpg", "image name '../secret.jpg' leaves the image folder; "),
         "15b": ("/etc/passwd", "image name '/etc/passwd' leaves the image folder; "),
-        "16": ("16.jpg", "image name '16.jpg' is a link out of the image folder, "),
+        "16": ("16.jpg", "image name '16.jpg' is a link out of the image folder; "),
         "17": ("https://x.org/a.jpg", "image name 'https://x.org/a.jpg' is a URL; "),
     }
     bad = [{"id": id, "image": name, "conversations": SEE} for id, (name, _) in opens.items()]

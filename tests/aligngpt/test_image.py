@@ -1,6 +1,7 @@
 """aligngpt.image: equal to the recorded pre-processing, and safe with files that are not what they seem."""
 
 import io
+import os
 import pickle
 import struct
 import subprocess
@@ -117,6 +118,22 @@ def test_fault_1_2_4_5_13_refused_file(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(ImageError, match=f"{path}: {message}"):
         open_image(path)
+
+
+def test_fault_13_what_is_no_file_is_refused_without_waiting(tmp_path):
+    """A pipe would be waited for. Messages name the image as the data do, not the machine's folders."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("")
+    for path, why in (
+        (tmp_path, "no regular file"),
+        (tmp_path / "pipe", "no regular file"),
+        (tmp_path / "loop", r"can't be read \(Too many levels of symbolic links\)"),
+        (tmp_path / "file/1.jpg", r"can't be read \(Not a directory\)"),
+        (tmp_path / "missing", "no such file"),
+    ):
+        with pytest.raises(ImageError, match=rf"^coco/1\.jpg: {why}$"):
+            open_image(path, name="coco/1.jpg")
 
 
 def test_an_error_has_its_parts_and_survives_a_worker():

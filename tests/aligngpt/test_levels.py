@@ -334,7 +334,9 @@ def cut_part(place):
         (None, ["--num-levels", "49"], "48 of 50 pairs have a score; 49 levels need one pair each"),
         (None, ["--num-levels", "1"], "num_levels is 1"),
         (None, ["--json", "PLACE/data.json"], "which is read here; it needs another name"),
-        (None, ["--out", "PLACE/scores/manifest.json"], "which is read here; it needs another name"),
+        (None, ["--out", "PLACE/scores/part-000000.parquet"], "scores, which is read here; it needs another place"),
+        (None, ["--json", "PLACE/scores/new/data.json"], "--json would write "),
+        (None, ["--report", "PLACE/scores", "--image-folder", "PLACE"], "--report would write "),
         (None, ["--json", "PLACE/levels.parquet"], "which is already written here; it needs another name"),
         (None, ["--json", "PLACE"], "which is a folder; it needs the name of a file"),
         (None, ["--json", "PLACE/0.png/data.json"], "0.png takes no files"),
@@ -349,13 +351,18 @@ def cut_part(place):
         (
             cut_part,
             [],
-            "part-000001.parquet is not the file that manifest.json names: its SHA-256 differs; remove both",
+            "part-000001.parquet is not the file that manifest.json names: its SHA-256 differs; give the `aligngpt",
         ),
-        (lambda place: (place / "scores/part-000001.parquet").unlink(), [], "part-000001.parquet"),
+        (lambda place: (place / "scores/part-000001.parquet").unlink(), [], "part-000001.parquet is missing; give the"),
         (
             lambda place: (place / "scores").rename(place / "moved"),
             [],
             "scores is no folder; it needs to be the folder",
+        ),
+        (
+            lambda place: (place / "scores").rename(place / "moved") and (place / "scores").write_bytes(b"PAR1"),
+            [],
+            "scores is a file; scores are a folder now",
         ),
     ],
 )
@@ -390,18 +397,19 @@ def test_read_levels_refuses_other_files(place):
 def test_memory_is_for_scores_order_and_levels_alone(cut, tmp_path):
     """At most 20 bytes a pair in NumPy beside what the sort takes for itself, and in Arrow a few parts."""
     pairs = 300_000
-    scale_scores(tmp_path, pairs)
+    (tmp_path / "scores").mkdir()
+    scale_scores(tmp_path / "scores", pairs)
     usual, counted = pyarrow.default_memory_pool(), pyarrow.proxy_memory_pool(pyarrow.default_memory_pool())
     pyarrow.set_memory_pool(counted)
     tracemalloc.start()
     try:
-        words = ["levels", tmp_path, "--out", tmp_path / "levels.parquet", "--cut", cut, "--num-levels", 4]
+        words = ["levels", tmp_path / "scores", "--out", tmp_path / "levels.parquet", "--cut", cut, "--num-levels", 4]
         assert main([str(word) for word in words]) == 0
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
         pyarrow.set_memory_pool(usual)
-    part = read_table(tmp_path / part_name(0), "scores")[0].nbytes
+    part = read_table(tmp_path / "scores" / part_name(0), "scores")[0].nbytes
     blocks = 2**20 * (8 + 8 + 1) if cut == "range" else 0  # a block's float64, int64 and int8
     assert peak < 20 * pairs + blocks + 2**20
     assert counted.max_memory() < 5 * part

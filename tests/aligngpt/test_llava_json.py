@@ -1,6 +1,7 @@
 """aligngpt.data.llava_json: LLaVA's files and JSON lines as they are, and messages that lead to the broken record."""
 
 import json
+import os
 
 import pytest
 
@@ -79,7 +80,11 @@ def test_fault_22_records_as_llavas_files_have_them(tmp_path):
         (b'[{"id": "a\x00"}]', "line 1, column 11: Invalid control character"),
         (b"[\n" * 100_000, "maximum recursion depth"),
         (b'[{"id": ' + b"9" * 5000 + b"}]", "line 1: Exceeds the limit"),
-        ({"id": "a"}, "holds an object of 1; needs a list"),
+        ({"id": "a"}, "holds an object of 1; needs a JSON list of records; JSON lines must be called .jsonl$"),
+        (
+            b'{"id": 1}\n{"id": 2}',
+            "line 2, column 1: Extra data; needs a JSON list .* JSON lines must be called .jsonl$",
+        ),
     ],
 )
 def test_fault_21_malformed_file(tmp_path, content, message):
@@ -213,6 +218,23 @@ def test_image_path_stays_in_the_folder(folder):
 def test_fault_15_fault_16_fault_17_names_that_lead_out(folder, name, message):
     with pytest.raises(ValueError, match=message):
         image_path(folder, name)
+
+
+def test_what_is_no_plain_file(folder):
+    """A pipe would block who opens it. Links that lead to themselves are for `open_image` to refuse, as missing."""
+    os.mkfifo(folder / "pipe.png")
+    (folder / "device.png").symlink_to(folder / "pipe.png")
+    for name in ("pipe.png", "device.png", "coco"):
+        with pytest.raises(ValueError, match=f"image name '{name}' is no plain file; it must not be a folder, a pipe"):
+            image_path(folder, name)
+    (folder / "a.png").symlink_to("b.png")
+    (folder / "b.png").symlink_to("a.png")
+    (folder / "long.png").symlink_to("x" * 255)
+    for name in ("a.png", "a.png/secret.png", "long.png", "y" * 300, "coco/1.png/z"):
+        with pytest.raises(OSError, match=r"symbolic links|No such file|too long|Not a directory"):
+            image_path(folder, name).open()
+    (folder.parent / "round").symlink_to("round")
+    assert not image_path(folder.parent / "round", "1.png").exists()
 
 
 def test_fault_24_a_mark_that_stands_for_no_image_is_a_word(tmp_path):

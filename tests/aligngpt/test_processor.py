@@ -11,6 +11,7 @@ from transformers import AutoProcessor, LlamaConfig
 
 from aligngpt import AlignGPTConfig, AlignGPTProcessor
 from aligngpt.data.llava_json import Sample
+from aligngpt.data.records import RecordList
 from aligngpt.processor import AlignGPTImageProcessor
 from aligngpt.text import Turn
 
@@ -65,7 +66,7 @@ def test_a_training_sample_begins_as_its_prompt_at_inference(processor, tmp_path
     """Same ids and the same text in the gate, whatever the answer: the gate never sees it."""
     picture().save(tmp_path / "a.png")
     sample = Sample("1", ("a.png",), (Turn("user", "<image>\nWhat is this?"), Turn("assistant", "a red car")), None, 0)
-    example = processor.example(sample, [tmp_path / "a.png"])
+    example = processor.example(sample, RecordList([sample], tmp_path))
     prompt = processor.apply_chat_template(message("What is this?", picture()), tokenize=True)
     length = prompt["input_ids"].shape[1]
     assert torch.equal(example.text.input_ids[:length], prompt["input_ids"][0])
@@ -168,7 +169,7 @@ def test_a_samples_error_names_its_record(processor, tmp_path):
     turns = (Turn("user", "<image>\nWhat is this?"), Turn("assistant", "a red car"))
     for image, why in (("a.png", "no such file"), ("b.png", "not an image")):
         with pytest.raises(ValueError, match=rf"^record 3 \(id x7\): {image}: {why}"):
-            processor.example(Sample("x7", (image,), turns, None, 3), [tmp_path / image])
+            processor.example(Sample("x7", (image,), turns, None, 3), RecordList([], tmp_path))
 
 
 def test_fault_25_26_nothing_to_learn_is_an_error(processor):
@@ -189,13 +190,13 @@ def test_fault_27_a_cut_in_front_of_an_image_leaves_its_file_out(processor, tmp_
     whole = processor.text(sample)
     second = (whole.input_ids == processor.image_token_id).nonzero()[16].item()
     processor.max_length = second + 5
-    example = processor.example(sample, [tmp_path / "a.png", tmp_path / "b.png"])
+    example = processor.example(sample, RecordList([sample], tmp_path))
     assert example.pixel_values.shape[0] == example.text.num_images == 1
     assert torch.equal(example.text.input_ids, whole.input_ids[:second])
     assert torch.equal(example.text.labels, whole.labels[:second])
     processor.max_length = second + 16
     with pytest.raises(ValueError, match=r"b\.png: no such file"):
-        processor.example(sample, [tmp_path / "a.png", tmp_path / "b.png"])
+        processor.example(sample, RecordList([sample], tmp_path))
 
 
 def test_fault_52_code_that_a_folder_brings_is_never_run(processor, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from aligngpt.cli import main
-from aligngpt.data.records import NO_LEVEL, check_levels, open_records
+from aligngpt.data.records import NO_LEVEL, check_levels, is_tar, open_records
 from aligngpt.image import open_image
 
 SPEAKERS = ("human", "gpt")
@@ -172,6 +172,19 @@ def test_processes_read_the_same(folder, kind):
         found, shared = pickle.loads(new.stdout)
         assert found == first
         assert shared == ["r--s", "r--s"]
+
+
+def test_names_of_tars(folder, tmp_path):
+    """What lies beside tars is none: it is not read, or read as the JSON that it is."""
+    (tmp_path / "set").mkdir()
+    tar = next((folder / "tars").iterdir())
+    (tmp_path / "set" / "0.tar").write_bytes(tar.read_bytes())
+    for name in ("0.tar.md5", "0.tar.idx", "0.tar.sha256", "0.tar.partial"):
+        (tmp_path / "set" / name).write_bytes(b"0")
+    assert len(open_records(tmp_path / "set")) > 0
+    (tmp_path / "x.tar.json").write_text(json.dumps(RECORDS))
+    assert list(open_records(tmp_path / "x.tar.json", folder)) == list(opened(folder, "data.json"))
+    assert all(is_tar(f"a.{kind}") for kind in ("tar", "tar.gz", "tar.bz2", "tar.xz", "tar.zst", "tar.lz4", "tgz"))
 
 
 def test_an_image_folder_is_for_json_alone(folder, tmp_path):

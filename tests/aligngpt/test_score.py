@@ -8,24 +8,36 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPModel, GemmaTokenizer, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
 from aligngpt import score, similarity
 from aligngpt.cli import main
+from aligngpt.data import tables
 from aligngpt.data.llava_json import read_llava_json
 from aligngpt.data.records import RecordList, open_records
-from aligngpt.data.tables import data_hash, read_manifest, read_part, read_table
+from aligngpt.data.tables import (
+    alone,
+    data_hash,
+    part_name,
+    read_manifest,
+    read_part,
+    read_table,
+    table_file,
+    write_table,
+)
 from aligngpt.pack import pack, read_source
 from aligngpt.similarity import PairBatches, batches_by_size, load_model, model_hash, model_revision, pair_text
 from aligngpt.team import Team
@@ -128,6 +140,14 @@ def run(data, model, out, *more):
     """`aligngpt score` in this process, on the CPU; returns its status."""
     words = ["score", data / "data.json", "--model", model, "--image-folder", data, "--out", out, "--workers", 0]
     return main([str(word) for word in [*words, "--device", "cpu", "--batch-size", 2, "--chunk-size", 2, *more]])
+
+
+def left(folder, files, *, finished=True):
+    """Make the folder anew, with files of another one."""
+    folder.mkdir()
+    for name, written in files.items():
+        if finished or name != "manifest.json":
+            (folder / name).write_bytes(written)
 
 
 def content(folder):
@@ -298,18 +318,14 @@ def test_fault_3_fault_13_fault_15_fault_16_fault_25_what_cannot_be_scored_says_
 def processes(size, log, work):
     """Fork `size` processes as torchrun would start them, each to end with the status of `work(rank)`.
 
-    What a process says goes to LOG/<rank>.txt, the places of each batch that it scores to LOG/<rank>.jsonl. Returns the
-    statuses and all that was said.
+    They meet in a file, as no port stays free until it is opened. What a process says goes to LOG/<rank>.txt, the
+    places of each batch that it scores to LOG/<rank>.jsonl. Returns the statuses and all that was said.
     """
     log.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
 
     def child(rank):
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+        dist.rendezvous = lambda *_, **__: iter([(dist.FileStore(str(log / "store"), size), rank, size)])
         said = os.open(log / f"{rank}.txt", os.O_CREAT | os.O_WRONLY)
         sys.stdout = sys.stderr = os.fdopen(said, "w", buffering=1)
         cosines = similarity._cosines
@@ -388,7 +404,7 @@ def test_fault_32_a_killed_scoring_goes_on_and_ends_with_the_same_bytes(others, 
 
         def die(path, *rest):
             if path.name == "part-000003.parquet":
-                path.with_name(path.name + ".tmp").write_bytes(b"half")
+                path.with_name(f"{path.name}.1.tmp").write_bytes(b"half")
                 os.kill(os.getpid(), signal.SIGKILL)
             write(path, *rest)
 
@@ -401,7 +417,7 @@ def test_fault_32_a_killed_scoring_goes_on_and_ends_with_the_same_bytes(others, 
     left = content(out)
     assert sorted(left) == [
         *(f"part-{part:06d}.parquet" for part in range(3)),
-        "part-000003.parquet.tmp",
+        "part-000003.parquet.1.tmp",
         "scoring.json",
     ]
 
@@ -414,23 +430,15 @@ def test_fault_32_a_killed_scoring_goes_on_and_ends_with_the_same_bytes(others, 
 
 def test_a_finished_scoring_is_not_done_again(folders, data, tmp_path, straight, capsys, monkeypatch):
     out = tmp_path / "scores"
-    out.mkdir()
-    for name, written in straight.items():
-        (out / name).write_bytes(written)
+    left(out, straight)
     monkeypatch.setattr(similarity, "_cosines", None)
     assert run(data, folders["clip"], out) == 0
-    assert "7 pairs scored" in capsys.readouterr().out
+    assert f"7 pairs scored into {out}, finished already\n" in capsys.readouterr().out
     assert content(out) == straight
 
 
-def full_disk(rank):
-    """Process 1 fails in its first part; process 0, which scores, hears of it before its own is whole."""
-
-    def write(*_):
-        assert rank == 1
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    score.write_table = write
+def waits_for_the_failure():
+    """Process 0, which scores, hears of process 1 before its own first part is whole."""
     failed = Team.failed.fget
 
     def waits(self):
@@ -438,15 +446,37 @@ def full_disk(rank):
             pass
         return True
 
+    Team.failed = property(waits)
+
+
+def full_disk(rank):
+    def write(*_):
+        assert rank == 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    score.write_table = write
     if rank == 0:
-        Team.failed = property(waits)
+        waits_for_the_failure()
+    return []
+
+
+def killed_worker(rank):
+    if rank == 0:
+        waits_for_the_failure()
+        return []
+    PairBatches.__getitem__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    return ["--workers", 1]
 
 
 @pytest.mark.parametrize(
     ("fails", "says"),
     [
         (full_disk, "process 1 of 2: [Errno 28] No space left on device"),
-        ("--model", "process 1 of 2: it differs from the first process: model.sha256 is "),
+        (killed_worker, "process 1 of 2: a process that loads samples was killed or crashed"),
+        (
+            "--model",
+            "model.sha256.added_tokens.json is missing there, 44136fa355b3… here; all need the same",
+        ),
         ("--out", "is not the folder that the first process sees; machines need to share it"),
         ("--image-folder", "process 1 of 2: --image-folder is /nowhere; it needs a folder that exists"),
     ],
@@ -456,11 +486,10 @@ def test_where_one_process_fails_all_end_with_one_message(fails, says, folders, 
     (tmp_path / "model/added_tokens.json").write_text("{}")
 
     def work(rank):
-        more = []
         if callable(fails):
-            fails(rank)
-        elif rank:
-            more = [fails, other.get(fails, "/nowhere")]
+            more = fails(rank)
+        else:
+            more = [fails, other.get(fails, "/nowhere")] if rank else []
         return run(data, folders["clip"], tmp_path / "scores", *more)
 
     statuses, said = processes(2, tmp_path / "log", work)
@@ -469,6 +498,79 @@ def test_where_one_process_fails_all_end_with_one_message(fails, says, folders, 
     assert len(errors) == 1
     assert says in errors[0]
     assert not list((tmp_path / "scores").glob("part-*"))
+
+
+def test_a_bug_in_one_process_is_raised_and_told_to_the_others():
+    ours, theirs = (Team(rank, 2, rank, store) for store in [dist.HashStore()] for rank in (0, 1))
+    assert not theirs.failed
+    with pytest.raises(ZeroDivisionError):
+        ours.agree(lambda: 1 // 0)
+    assert theirs.failed
+
+
+def test_under_torchrun_a_cpu_has_one_thread(folders, data, tmp_path, straight, capsys):
+    """As two processes have, so one can go on with their folder; a command without torchrun hears what it takes."""
+    left(tmp_path / "scores", straight, finished=False)
+
+    def work(_):
+        os.environ.pop("OMP_NUM_THREADS", None)
+        torch.set_num_threads(2)
+        return run(data, folders["clip"], tmp_path / "scores")
+
+    statuses, said = processes(1, tmp_path / "log", work)
+    assert statuses == [0], said
+    assert content(tmp_path / "scores") == straight
+    torch.set_num_threads(2)
+    try:
+        assert run(data, folders["clip"], tmp_path / "scores") == 2
+    finally:
+        torch.set_num_threads(1)
+    assert "threads is 1 there, 2 here; OMP_NUM_THREADS=1 goes on with these" in capsys.readouterr().err
+
+
+def test_two_scorings_into_one_folder(folders, data, tmp_path, straight, capsys):
+    """The second is refused as long as the first lives; what the first forked may live on."""
+    out = tmp_path / "scores"
+    left(out, {}, finished=False)
+    (ready, say_ready), (wait, go) = os.pipe(), os.pipe()
+
+    def first():
+        with alone("--out", out):
+            if os.fork() == 0:
+                os.close(go)
+                os.read(wait, 1)
+                os._exit(0)
+            os.write(say_ready, b"1")
+            signal.pause()
+
+    process = multiprocessing.get_context("fork").Process(target=first)
+    process.start()
+    os.read(ready, 1)
+    assert run(data, folders["clip"], out) == 2
+    assert f"--out {out} is being written by another process; it needs to end first" in capsys.readouterr().err
+    assert list(content(out)) == ["lock"]
+    process.kill()
+    process.join()
+    assert run(data, folders["clip"], out) == 0
+    assert content(out) == straight
+    for descriptor in (ready, say_ready, wait, go):
+        os.close(descriptor)
+
+
+def test_two_processes_may_write_the_same_part(tmp_path, monkeypatch):
+    """Where one of a killed scoring lives on: here it writes while the other is about to give its file the name."""
+    path, table, replace_file = tmp_path / part_name(0), pyarrow.table({"score": [0.5]}), os.replace
+
+    def late(*names):
+        monkeypatch.undo()
+        process = multiprocessing.get_context("fork").Process(target=write_table, args=(path, table, {}))
+        process.start()
+        process.join()
+        replace_file(*names)
+
+    monkeypatch.setattr(tables.os, "replace", late)
+    write_table(path, table, {})
+    assert content(tmp_path) == {path.name: table_file(table, {}).to_pybytes()}
 
 
 # ---------------------------------------------------------------------------------------------------- the folder
@@ -490,34 +592,80 @@ def flipped_bit(part):
     part.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [lambda part: part.write_bytes(b""), half, spoiled_page, flipped_bit])
-def test_a_damaged_part_is_scored_again(damage, folders, data, tmp_path, straight):
+@pytest.mark.parametrize(
+    ("damage", "finished"),
+    [
+        (lambda part: part.write_bytes(b""), False),
+        (half, False),
+        (spoiled_page, False),
+        (flipped_bit, False),
+        (flipped_bit, True),
+        (Path.unlink, True),
+    ],
+)
+def test_a_damaged_part_is_scored_again(damage, finished, folders, data, tmp_path, straight):
     out = tmp_path / "scores"
-    out.mkdir()
-    for name, written in straight.items():
-        if name != "manifest.json":
-            (out / name).write_bytes(written)
+    left(out, straight, finished=finished)
     damage(out / "part-000001.parquet")
     assert run(data, folders["clip"], out) == 0
     assert content(out) == straight
 
 
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_folder_of_another_scoring_is_left_alone(finished, folders, data, tmp_path, straight, capsys):
+def test_one_flipped_bit_anywhere_is_damage(folders, data, tmp_path, straight):
+    """Headers and footer too, which no checksum covers."""
+    scoring = score.start(
+        data / "data.json", tmp_path, folders["clip"],
+        image_folder=data, precision="fp32", batch_size=2, chunk_size=2, device=torch.device("cpu"),
+    )  # fmt: skip
+    part, path = straight["part-000001.parquet"], tmp_path / "part-000001.parquet"
+    path.write_bytes(part)
+    assert scoring.is_whole(1)
+    for place, byte in enumerate(part):
+        path.write_bytes(part[:place] + bytes([byte ^ 1 << place % 8]) + part[place + 1 :])
+        assert not scoring.is_whole(1), place
+
+
+def test_a_scoring_without_any_score_is_refused_and_made_good(folders, data, tmp_path, straight, capsys):
+    (tmp_path / "empty").mkdir()
     out = tmp_path / "scores"
-    out.mkdir()
-    for name, written in straight.items():
-        (out / name).write_bytes(written)
-    if not finished:
+    assert run(data, folders["clip"], out, "--image-folder", tmp_path / "empty") == 2
+    assert "none of the 7 pairs for" in (said := capsys.readouterr().err)
+    assert "has a score, for example: 0.png: no such file; it needs one at least" in said
+    assert "manifest.json" not in content(out)
+    assert run(data, folders["clip"], out) == 0
+    assert content(out) == straight
+
+
+def test_parts_beyond_the_last_are_removed(folders, data, tmp_path, straight):
+    out = tmp_path / "scores"
+    left(out, straight | {"part-000009.parquet": straight["part-000000.parquet"], "part-of-mine": b""}, finished=False)
+    assert run(data, folders["clip"], out) == 0
+    assert content(out) == straight | {"part-of-mine": b""}
+
+
+def test_parts_of_no_scoring_are_left_alone(folders, data, tmp_path, capsys):
+    out = tmp_path / "scores"
+    left(out, {})
+    pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), out / "part-000000.parquet")
+    before = content(out)
+    assert run(data, folders["clip"], out) == 2
+    assert "holds part-000000.parquet, which is of no scoring; it needs a folder of its own" in capsys.readouterr().err
+    assert content(out) == before
+
+
+@pytest.mark.parametrize("known_by", ["manifest.json", "scoring.json", "parts"])
+def test_a_folder_of_another_scoring_is_left_alone(known_by, folders, data, tmp_path, straight, capsys):
+    out = tmp_path / "scores"
+    left(out, straight, finished=known_by == "manifest.json")
+    if known_by == "scoring.json":
         about = read_table(out / "part-000000.parquet", "scores")[1]
         (out / "scoring.json").write_text(json.dumps(about))
-        (out / "manifest.json").unlink()
     before = content(out)
     other = shutil.copytree(data, tmp_path / "data")
     (other / "data.json").write_text(json.dumps(json.loads((data / "data.json").read_text())[1:]))
     for arguments, says in (
         ((other, folders["clip"], out), "data.samples is 8 there, 7 here"),
-        ((data, folders["siglip"], out), "model.sha256 is "),
+        ((data, folders["siglip"], out), "model.sha256.config.json is "),
         ((data, folders["clip"], out, "--batch-size", 3), "batch_size is 2 there, 3 here"),
         ((data, folders["clip"], out, "--precision", "bf16"), "precision is fp32 there, bf16 here"),
     ):
@@ -526,6 +674,20 @@ def test_a_folder_of_another_scoring_is_left_alone(finished, folders, data, tmp_
         assert "holds scores that were made otherwise: " in said
         assert says in said
         assert content(out) == before
+
+
+def test_differences_name_the_file_of_the_model():
+    """One that is missing here too; a manifest's own entries are none."""
+    here = {"data": {"samples": 8}, "model": {"sha256": {"config.json": "1" * 64}}}
+    there = {
+        "data": {"samples": 8, "name": "data.json"},
+        "model": {"sha256": {"config.json": "2" * 64, "merges.txt": "3" * 64}, "revision": None},
+        "rows": 7,
+    }
+    assert score.differences(here, there) == [
+        "model.sha256.config.json is 222222222222… there, 111111111111… here",
+        "model.sha256.merges.txt is 333333333333… there, missing here",
+    ]
 
 
 def test_every_file_of_the_tokenizer_counts(folders, tmp_path):
@@ -584,9 +746,12 @@ def test_command_writes_scores_and_where_they_come_from(folders, data, tmp_path,
     assert run(images, model, out, "--chunk-size", 5) == 0
     said = capsys.readouterr()
     assert "6 pairs scored" in said.out
-    assert "1 of them have a text longer" in said.out
-    assert "1 samples without an image" in said.out
-    assert "1 pairs have no score (column problem):\n  record 5 (id e): 5.png: no such file\n" in said.err
+    assert "1 text cut, being longer" in said.out
+    assert "1 sample without an image" in said.out
+    assert said.err.endswith(
+        "1 pair without a score (column problem):\n  record 5 (id e): 5.png: no such file\n"
+        f"to score them again, remove {out}\n"
+    )
     table, about = read_table(out / "part-000000.parquet", "scores")
     assert {field.name: str(field.type) for field in table.schema} == {
         "record": "int64",
@@ -672,6 +837,15 @@ def larger_resize(folder):
     (folder / "preprocessor_config.json").write_text(json.dumps(stated | {"size": {"shortest_edge": 40}}))
 
 
+def test_too_little_memory_on_the_gpu_is_one_sentence(folders, data, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(similarity, "_cosines", full)
+    assert run(data, folders["clip"], tmp_path / "out") == 2
+    assert "--batch-size is 2, for which the GPU's memory is too small; it needs fewer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("spoil", "options", "says"),
     [
@@ -694,5 +868,5 @@ def test_refused(folders, data, tmp_path, capsys, spoil, options, says):
     more = [word for flag in options.items() for word in flag]
     assert run(data, folder, tmp_path / "out", *more) == 2
     assert says in capsys.readouterr().err
-    assert not list((tmp_path / "out").glob("*") if (tmp_path / "out").exists() else [])
+    assert not (tmp_path / "out").exists()
     assert not (folder / "touched").exists()

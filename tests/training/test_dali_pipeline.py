@@ -483,8 +483,8 @@ def test_fault_3_fault_6_dropped_wherever_it_is_found(make_samples: Callable[[bo
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:900])
     (tmp_path / "c.png").write_bytes(damaged((tmp_path / "c.png").read_bytes()))
     ours, theirs = (loaded(make_samples(by_dali), [[2], [1, 3], [1]], workers=1) for by_dali in (True, False))
-    assert ours[0].dropped[0].reason.startswith("c.png: can't be decoded")
-    assert ours[1].dropped[0].reason.startswith("a.jpg: can't be decoded")
+    assert ours[0].dropped[0][1].reason.startswith("c.png: can't be decoded")
+    assert ours[1].dropped[0][1].reason.startswith("a.jpg: can't be decoded")
     for one, other in zip(ours, theirs, strict=True):
         assert one.batch.ids == other.batch.ids
         assert one.dropped == other.dropped

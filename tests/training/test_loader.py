@@ -153,13 +153,14 @@ def test_fault_1_3_5_13_25_26_what_cannot_be_used_is_dropped_and_replaced(
             ids.append(f"s{used}")
         assert loaded.batch is not None
         assert loaded.batch.ids == (ids or ["dummy"])
-        assert [drop.record for drop in loaded.dropped] == dropped
-        for drop in loaded.dropped:
+        assert [drop.record for _, drop in loaded.dropped] == dropped
+        assert sum(attempt == 0 for attempt, _ in loaded.dropped) == sum(index in reasons for index in part.indices)
+        for _, drop in loaded.dropped:
             assert drop.id == f"s{drop.record}"
             assert drop.reason.startswith(reasons[drop.record])
             assert ".png" not in drop.kind
     assert [loaded.batch.ids for loaded in found[:4]] != [loaded.batch.ids for loaded in found[4:]]  # epochs differ
-    assert {drop.record for loaded in found for drop in loaded.dropped} == set(reasons)
+    assert {drop.record for loaded in found for _, drop in loaded.dropped} == set(reasons)
 
 
 @needs_dali
@@ -173,7 +174,7 @@ def test_fault_6_a_picture_that_only_decoding_finds_bad_is_replaced_too(make_sam
         file.write_bytes(data)
         (loaded,) = micro_batches(samples, [Part(0, [0, 1, 2, 1])], workers=0, device=torch.device("cpu"), prefetch=1)
         assert loaded.batch is not None
-        assert [drop.record for drop in loaded.dropped if drop.record == 1] == [1, 1]
+        assert [attempt for attempt, drop in loaded.dropped if drop.record == 1] == [0, 0]
         assert loaded.batch.ids[0::2] == ["s0", "s2"]
         assert "s1" not in loaded.batch.ids
         images = sum(id != "s11" for id in loaded.batch.ids)  # that one is text alone
@@ -186,7 +187,7 @@ def test_the_doctor_lists_what_training_drops(make_samples: Callable[..., Sample
     samples = make_samples(decode_by_dali)
     parts = [Part(0, [record]) for record in range(12)]
     found = micro_batches(samples, parts, workers=0, device=torch.device("cpu"), prefetch=1)
-    dropped = [loaded.dropped[0] for loaded in found if loaded.dropped]  # before what stood in for it
+    dropped = [loaded.dropped[0][1] for loaded in found if loaded.dropped]  # before what stood in for it
     assert data_doctor.scan(samples.records, samples.processor).drops == dropped
     assert [drop.record for drop in dropped] == [3, 4, 5, 6, 7, 8]
     assert DataConfig().max_drop_rate == data_doctor.MAX_DROP_RATE
@@ -196,9 +197,9 @@ def test_a_place_that_no_sample_can_take_has_no_batch(make_samples: Callable[...
     samples = make_samples(kept=np.arange(3, 9))
     loaded = samples[Part(0, [2])]
     assert loaded.batch is None
-    assert len(loaded.dropped) == ATTEMPTS
-    count = sum(drop.record == 5 for drop in loaded.dropped)
-    (line,) = (line for line in commonest(loaded.dropped) if "it is empty" in line)
+    assert [attempt for attempt, _ in loaded.dropped] == list(range(ATTEMPTS))
+    count = sum(drop.record == 5 for _, drop in loaded.dropped)
+    (line,) = (line for line in commonest(drop for _, drop in loaded.dropped) if "it is empty" in line)
     assert line.startswith(f"{count} × not an image (it is empty); it must be one of ")
     assert "; for example record 5 (id s5): 5.png: not an image" in line
 

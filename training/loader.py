@@ -237,6 +237,7 @@ class Samples(Dataset[Loaded]):
             try:
                 pixels = decode(loaded.pictures)
             except ImageError as error:
+                assert error.name not in refused, f"{error.name} was asked for again"
                 refused[error.name] = error
                 loaded = self.load(part, refused)
             else:

@@ -237,7 +237,8 @@ class Samples(Dataset[Loaded]):
             try:
                 pixels = decode(loaded.pictures)
             except ImageError as error:
-                assert error.name not in refused, f"{error.name} was asked for again"
+                if error.name in refused:  # it would go round for ever
+                    raise
                 refused[error.name] = error
                 loaded = self.load(part, refused)
             else:

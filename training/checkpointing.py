@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from aligngpt.checkpoint import write_weights
+from aligngpt.data.tables import whole_file
 from aligngpt.model import AlignGPTForConditionalGeneration
 from aligngpt.processor import AlignGPTProcessor
 from training.config import Stage, TrainConfig, differences, environment, flat, to_json
@@ -214,9 +215,8 @@ def _step_of(name: str) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _remove(path: Path) -> None:

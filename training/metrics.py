@@ -7,13 +7,14 @@ on a CPU).
 """
 
 import json
-import os
 import resource
 import sys
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+
+from aligngpt.data.tables import whole_file
 
 FILE = "metrics.jsonl"
 
@@ -72,6 +73,5 @@ def lines_until(path: Path, step: int) -> list[str]:
 
 def rewrite(path: Path, lines: list[str]) -> None:
     """Put these lines in the file's place."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")

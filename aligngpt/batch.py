@@ -1,4 +1,4 @@
-"""Examples to a batch: padding, the injection plan and the supervised rows, all made on the host.
+"""Examples to a batch, padded or packed, with the injection plan and the supervised rows: all made on the host.
 
 Samples keep their order and their content. Text-only and image samples mix freely; a batch without an image carries
 `pixel_values` of zero images, so that every rank of a sharded run does the same work.
@@ -34,25 +34,40 @@ class Example:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """A padded batch of B samples, L tokens, M images and S samples with an image."""
+    """B samples as B rows padded to L tokens, or packed: B is 1 and L the T tokens of all samples, end to end.
+
+    M images, S samples with an image. Which of the S a supervised row belongs to is `plan.token_sample[rows]`.
+    """
 
     ids: list[str]
     input_ids: Tensor  # (B, L) int64
-    attention_mask: Tensor  # (B, L) int64
+    attention_mask: Tensor | None  # (B, L) int64; None: packed
     labels: Tensor  # (B, L) int64, -100 where no loss is taken, not shifted
     gate_mask: Tensor  # (B, L) bool
     pixel_values: Tensor  # (M, 3, size, size) fp32
     align_levels: Tensor | None  # (S,) int64
     plan: InjectionPlan
     rows: Tensor  # (supervised,) int64 indices into (B·L): where a supervised token is predicted
+    position_ids: Tensor | None = None  # (1, T) int64, packed only, as are the next three
+    cu_seqlens: Tensor | None = None  # (samples + 1,) int32: where each sample begins, and T
+    max_seqlen: int | None = None
+    seq_lengths: tuple[int, ...] | None = None  # of the samples, as numbers: they stay on the host
 
     @property
     def num_supervised(self) -> int:
         return self.rows.shape[0]
 
+    @property
+    def num_tokens(self) -> int:
+        """All but padding, image rows included."""
+        if not self.ids:
+            return 0
+        return self.input_ids.shape[1] if self.attention_mask is None else int(self.attention_mask.sum())
+
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model's `forward`."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "ids"}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "ids"}
+        return {name: value for name, value in values.items() if value is not None}
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
         def move(value: Any) -> Any:
@@ -63,8 +78,13 @@ class Batch:
         return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
 
-def collate(examples: Sequence[Example], *, token_ids: TokenIds, rows_per_image: int, image_size: int) -> Batch:
-    """Pad on the right and plan the injection.
+def collate(
+    examples: Sequence[Example], *, token_ids: TokenIds, rows_per_image: int, image_size: int, packed: bool = False
+) -> Batch:
+    """Pad on the right, or pack end to end, and plan the injection.
+
+    Packed, no sample's first token keeps a label: what stands before it is another sample. Without an example the
+    batch is one padding token that nothing is learned from, so that a process with nothing to do takes part.
 
     Raises:
         ValueError: a sample's image tokens do not match its images, or some samples with an image have a level and
@@ -85,24 +105,62 @@ def collate(examples: Sequence[Example], *, token_ids: TokenIds, rows_per_image:
     levelled = with_image and not unlevelled
     levels = torch.tensor([example.level for example in with_image], dtype=torch.int64) if levelled else None
 
-    def pad(name: str, value: Any) -> Tensor:
-        return pad_sequence([getattr(e.text, name) for e in examples], batch_first=True, padding_value=value)
+    texts = [example.text for example in examples]
+    if not texts:
+        texts = [Tokenized(torch.tensor([token_ids.pad]), torch.tensor([IGNORE_INDEX]), torch.tensor([False]), 0)]
+    seq_lengths = tuple(text.input_ids.shape[0] for text in texts)
 
-    input_ids, labels = pad("input_ids", token_ids.pad), pad("labels", IGNORE_INDEX)
-    lengths = torch.tensor([example.text.input_ids.shape[0] for example in examples])
+    def join(name: str, padding: Any) -> Tensor:
+        parts = [getattr(text, name) for text in texts]
+        return torch.cat(parts)[None] if packed else pad_sequence(parts, batch_first=True, padding_value=padding)
+
+    input_ids, labels = join("input_ids", token_ids.pad), join("labels", IGNORE_INDEX)
+    special: dict[str, Any] = {"image_token_id": token_ids.image, "align_token_id": token_ids.align}
+    layout: dict[str, Any]
+    if packed:
+        cu_seqlens = ends(seq_lengths)
+        position_ids = positions(cu_seqlens, input_ids.shape[1])[None]
+        labels = labels.masked_fill(position_ids == 0, IGNORE_INDEX)
+        layout = {
+            "attention_mask": None,
+            "position_ids": position_ids,
+            "cu_seqlens": cu_seqlens,
+            "max_seqlen": max(seq_lengths),
+            "seq_lengths": seq_lengths,
+            "plan": injection_plan(input_ids[0], cu_seqlens=cu_seqlens, **special),
+        }
+    else:
+        mask = torch.arange(input_ids.shape[1]) < torch.tensor(seq_lengths)[:, None]
+        layout = {"attention_mask": mask.long(), "plan": injection_plan(input_ids, **special)}
     shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
     empty = torch.zeros(0, 3, image_size, image_size)
     return Batch(
         ids=[example.id for example in examples],
         input_ids=input_ids,
-        attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
         labels=labels,
-        gate_mask=pad("gate_mask", False),
+        gate_mask=join("gate_mask", False),
         pixel_values=torch.cat([empty, *(example.pixel_values for example in examples)]),
         align_levels=levels,
-        plan=injection_plan(input_ids, image_token_id=token_ids.image, align_token_id=token_ids.align),
         rows=(shifted.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1),
+        **layout,
     )
+
+
+def ends(seq_lengths: Sequence[int]) -> Tensor:
+    """`cu_seqlens` (N + 1,) int32 on the host: 0, and where each sequence ends."""
+    return torch.nn.functional.pad(torch.tensor(seq_lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """(T,) int64: each token's place in its sequence."""
+    place = torch.arange(num_tokens, device=cu_seqlens.device)
+    return place - cu_seqlens.long()[sequences(cu_seqlens, num_tokens)]
+
+
+def sequences(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """(T,) int64: the sequence each token belongs to."""
+    place = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.bucketize(place, cu_seqlens[1:].contiguous(), right=True)
 
 
 def load_in_order(dataset: Dataset[Any], keys: Iterable[Any], *, workers: int) -> Iterator[Any]:
@@ -124,12 +182,28 @@ def load_in_order(dataset: Dataset[Any], keys: Iterable[Any], *, workers: int) -
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
+            worker_init_fn=_ended_by_its_parent_alone,
             prefetch_factor=4,
         )
     )
     if threading.current_thread() is threading.main_thread():
         _hold_back_deaths()
     return _unpacked(loader)
+
+
+def _ended_by_its_parent_alone(worker: int) -> None:
+    """What sends SIGTERM to a whole group of processes, as torchrun does, leaves the end to the one that loads for.
+
+    That one may still want items. Its own SIGTERM ends a worker, and so does its death.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, name="SIGTERM", daemon=True).start()
 
 
 def _unpacked(loader: Iterator[bytes]) -> Iterator[Any]:

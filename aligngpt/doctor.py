@@ -36,7 +36,6 @@ from typing import Any, Literal, NamedTuple
 
 Status = Literal["ok", "missing", "wrong", "broken"]
 TRAIN = "pip install -e '.[train]'"  # in a clone
-UNUSED = "not used by this version"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -77,6 +76,7 @@ PACKAGES = (
     Package("tqdm", "tqdm", "progress bars", versions=">=4.66", required=True),
     Package("pyarrow", "pyarrow.parquet", "files of scores and levels", versions=">=17", required=True),
     Package("matplotlib", "matplotlib", "pictures of levels and of data sets", versions=">=3.9", required=True),
+    Package("peft", "peft", "adapters in training (--lora.rank)", versions=">=0.18", required=True),
     Package("tyro", "tyro", "command lines of training", versions=">=0.9", required=True),
     Package(
         "triton",
@@ -85,13 +85,6 @@ PACKAGES = (
         "pip install 'triton>=3.6'",
         "PyTorch references",
         versions=">=3.6",
-    ),
-    Package(
-        "peft",
-        "peft",
-        "adapters (LoRA), where you add them to a model",
-        "pip install peft",
-        "whole weights are trained",
     ),
     Package(
         "nvidia-dali",
@@ -105,25 +98,41 @@ PACKAGES = (
     Package(
         "flash-attn",
         "flash_attn",
-        "transformers' attn_implementation 'flash_attention_2', where asked for",
+        "attention in training on GPUs; elsewhere where attn_implementation asks for it",
         "pip install --no-build-isolation 'flash-attn>=2.8'",
-        "PyTorch's scaled_dot_product_attention",
+        "PyTorch's attention",
         versions=">=2.8",
     ),
     Package(
         "xformers",
         "xformers.ops",
-        UNUSED,
+        "attention in training on GPUs, where flash-attn and torch's own cannot run",
         "pip install 'xformers>=0.0.35'",
-        "PyTorch's scaled_dot_product_attention",
+        "PyTorch's attention",
         versions=">=0.0.35",
     ),
     Package(
         "apex",
         "apex.optimizers",
-        UNUSED,
+        "its FusedAdam in training, where asked for (--optim.kind apex)",
         "# nothing to install: torch's fused AdamW is its equal (NVIDIA's apex is built from its source)",
         "torch.optim.AdamW(fused=True)",
+    ),
+    Package(
+        "tensorboard",
+        "tensorboard",
+        "curves of training (--log.tensorboard)",
+        "pip install 'tensorboard>=2.15'",
+        "metrics.jsonl and training/plot.py",
+        versions=">=2.15",
+    ),
+    Package(
+        "wandb",
+        "wandb",
+        "curves of training on a server (--log.wandb)",
+        "pip install 'wandb>=0.17'",
+        "metrics.jsonl and training/plot.py",
+        versions=">=0.17",
     ),
 )
 TORCH = Package(
@@ -174,6 +183,12 @@ def examine(package: Package) -> Finding:
     if version and not fits(version, package.versions):
         return Finding(package, "wrong", version, f"needs {package.versions}", package.install)
     return Finding(package, "ok", version)
+
+
+def why_not(name: str) -> str | None:
+    """Why one of `PACKAGES` can't be used here; None if it can."""
+    found = examine(next(package for package in PACKAGES if package.name == name))
+    return None if found.status == "ok" else found.detail or "it is not installed"
 
 
 def fits(version: str, versions: str) -> bool:
@@ -363,7 +378,9 @@ def _choices(
         "device": "cuda" if gpus else f"cpu ({no_gpu})",
         "Triton": triton,
         "image decoding": decoding,
-        "attention": "PyTorch's scaled_dot_product_attention, chosen by transformers",
+        "attention": "PyTorch's scaled_dot_product_attention, chosen by transformers; in training "
+        + ("the first of flash-attn, torch-varlen, xformers and flex that can run" if gpus else "sequence by sequence")
+        + "; the log says which",
         "optimizer": "torch.optim.AdamW(fused=True)",
         "processes": processes,
         "precision": precision,
@@ -411,7 +428,11 @@ def report(facts: dict[str, Any]) -> str:
         ("To repair", [p for p in facts["packages"] if p["repair"] and (p["required"] or p["status"] != "missing")]),
         (
             "Could be added, nothing needs it",
-            [p for p in facts["packages"] if not p["required"] and p["status"] == "missing" and p["use"] != UNUSED],
+            [
+                p
+                for p in facts["packages"]
+                if not (p["required"] or p["repair"].startswith("#")) and p["status"] == "missing"
+            ],
         ),
     ):
         if chosen:

@@ -9,13 +9,16 @@ gate mixes it as `config.align_mode` says (stage 2 and inference). A batch says 
 
 The sequence is built by the fused ops of `aligngpt_kernels`, which read raw weights. Where a weight cannot be read raw
 (quantised, on meta, sharded on its own, wrapped by an adapter), the module is called instead, and that is logged once.
+
+A batch is padded, (B, L) with an attention mask, or packed: one row of T tokens, in which `cu_seqlens` says where each
+sequence begins; that needs the attention `aligngpt_varlen` in the LLM. Positions in (B·L) and (T,) are counted alike.
 """
 
 import copy
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,8 @@ from transformers import initialization as init
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaMultiModalProjector
 from transformers.utils import can_return_tuple
 
+from . import attention
+from .batch import positions
 from .checkpoint import check_names, read_config, set_align_sizes, stored_weights
 from .config import AlignGPTConfig, is_public, known_fields
 
@@ -56,9 +61,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class AlignGPTOutput(LlavaCausalLMOutputWithPast):
-    """LLaVA's output and `align_weights` (S, N-1) fp32, the weights of the local levels in each sample's H."""
+    """LLaVA's output and two fp32 tensors of ours.
+
+    `align_weights` (S, N-1): the weights of the local levels in each sample's H. `token_loss` (R,), detached: the
+    negative log-likelihood at each of the supervised `rows`, or at all rows where none were named, 0 without a label.
+    """
 
     align_weights: Tensor | None = None
+    token_loss: Tensor | None = None
 
 
 class AlignGate(nn.Module):
@@ -153,6 +163,7 @@ class AlignGPTModel(_AlignInit, LlavaModel):
         align_levels: Tensor | None = None,  # (S,)
         gate_mask: Tensor | None = None,  # (B, L) bool
         plan: InjectionPlan | None = None,
+        cu_seqlens: Tensor | None = None,  # (sequences + 1,), on the device of the ids
     ) -> tuple[Tensor, Tensor | None]:
         """The LLM's input (B, L, D) and the gate's weights (S, N-1), None where no gate ran.
 
@@ -164,7 +175,7 @@ class AlignGPTModel(_AlignInit, LlavaModel):
             size = config.vision_config.image_size
             pixel_values = self.align_table.new_zeros(0, 3, size, size)
         if plan is None:
-            plan = self._plan(input_ids, pixel_values.shape[0], align_levels)
+            plan = self._plan(input_ids, pixel_values.shape[0], align_levels, cu_seqlens)
         image_rows = self.project(self.image_features(pixel_values)).to(self.align_table.dtype)
 
         # Under autocast only tower and projector take part: what follows sums in fp32 by itself.
@@ -184,8 +195,10 @@ class AlignGPTModel(_AlignInit, LlavaModel):
             elif align_levels is not None:
                 align_rows = self._level_rows(align_levels, plan)
             else:
-                if gate_mask is None and attention_mask is not None:
-                    gate_mask = _all_text(attention_mask, plan)
+                if gate_mask is None and cu_seqlens is not None:
+                    gate_mask = _all_text(_places(cu_seqlens, input_ids), plan)
+                elif gate_mask is None and attention_mask is not None:
+                    gate_mask = _all_text(attention_mask.long().cumsum(-1) * attention_mask - 1, plan)
                 mean = text_mean(ids, table, gate_mask, plan, embed_scale=scale)
                 align_rows, weights = self._gated_rows(image_rows, mean, plan)
             image_rows, align_rows = image_rows.to(table.dtype), align_rows.to(table.dtype)
@@ -215,20 +228,24 @@ class AlignGPTModel(_AlignInit, LlavaModel):
             return align_gate(image_rows, mean, *gate_weights, self.align_table, image_sample=image_sample, mode=mode)
         return mix_levels(gate(sample_dots(image_rows, mean, image_sample)), self.align_table, mode)
 
-    def _plan(self, input_ids: Tensor, num_images: int, align_levels: Tensor | None) -> InjectionPlan:
+    def _plan(
+        self, input_ids: Tensor, num_images: int, align_levels: Tensor | None, cu_seqlens: Tensor | None
+    ) -> InjectionPlan:
         """Where the ids are on the host they are counted and checked; elsewhere shapes alone size the plan: no sync.
 
-        Without levels S is then only bounded, by the number of images and of rows; samples that do not exist own no
-        token.
+        Without levels S is then only bounded, by the number of images and of sequences; samples that do not exist own
+        no token.
         """
         config = self.config
         num_image_rows = num_images * config.image_seq_length
         on_host = input_ids.device.type == "cpu"
-        bound = min(num_images, input_ids.shape[0]) if align_levels is None else align_levels.shape[0]
+        num_sequences = input_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        bound = min(num_images, num_sequences) if align_levels is None else align_levels.shape[0]
         plan = injection_plan(
-            input_ids,
+            input_ids if cu_seqlens is None else input_ids.flatten(),
             image_token_id=config.image_token_id,
             align_token_id=config.align_token_id,
+            cu_seqlens=cu_seqlens,
             num_image_rows=None if on_host else num_image_rows,
             num_samples=None if on_host else bound,
         )
@@ -256,6 +273,39 @@ class AlignGPTModel(_AlignInit, LlavaModel):
                 f"input_ids holds token {int(text_ids.max())}; the LLM's vocabulary is 0 to {vocab_size - 1}"
             )
 
+    def _check_packed(
+        self,
+        tokens: Tensor,  # ids (1, T) or embeddings (1, T, D)
+        cu_seqlens: Tensor,
+        max_seqlen: int | None,
+        seq_lengths: Sequence[int] | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+    ) -> None:
+        """Refuse what packed sequences do not go with. Lengths are checked where they are on the host."""
+        for name, value in (("attention_mask", attention_mask), ("past_key_values", past_key_values)):
+            if value is not None:
+                raise ValueError(f"{name} is given beside cu_seqlens; packed sequences need none, leave it out")
+        used = self.language_model.config._attn_implementation
+        if used != attention.NAME:
+            raise ValueError(
+                f"cu_seqlens is given, and the LLM's attention is {used!r}; it needs {attention.NAME!r}: call "
+                f"model.model.language_model.set_attn_implementation({attention.NAME!r}) once"
+            )
+        if max_seqlen is None:
+            raise ValueError("max_seqlen is missing beside cu_seqlens; it needs the longest sequence's length")
+        if tokens.shape[0] != 1:
+            raise ValueError(f"{tokens.shape[0]} rows are given beside cu_seqlens; packed sequences need to lie in one")
+        if seq_lengths is None and cu_seqlens.device.type == "cpu":
+            seq_lengths = cu_seqlens.diff().tolist()
+        if seq_lengths is not None and (
+            sum(seq_lengths) != tokens.shape[1] or min(seq_lengths) < 1 or max(seq_lengths) > max_seqlen
+        ):
+            raise ValueError(
+                f"cu_seqlens holds sequences of {list(seq_lengths)} tokens; they need to be {tokens.shape[1]} "
+                f"together, none empty and none longer than max_seqlen {max_seqlen}"
+            )
+
     @can_return_tuple
     def forward(
         self,
@@ -268,11 +318,21 @@ class AlignGPTModel(_AlignInit, LlavaModel):
         align_levels: Tensor | None = None,
         gate_mask: Tensor | None = None,
         plan: InjectionPlan | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        seq_lengths: Sequence[int] | None = None,
+        attention_backend: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """The LLM's last hidden states (B, L, D), and `align_weights`. Arguments as in the class with the head."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
+        if cu_seqlens is not None:
+            self._check_packed(tokens, cu_seqlens, max_seqlen, seq_lengths, attention_mask, past_key_values)
+            cu_seqlens = cu_seqlens.to(device=tokens.device, dtype=torch.int32)
+            if position_ids is None:
+                position_ids = _places(cu_seqlens, tokens)
         weights = None
         if inputs_embeds is None:
             assert input_ids is not None
@@ -290,7 +350,21 @@ class AlignGPTModel(_AlignInit, LlavaModel):
                     align_levels=align_levels,
                     gate_mask=gate_mask,
                     plan=plan,
+                    cu_seqlens=cu_seqlens,
                 )
+        if cu_seqlens is not None:
+            assert max_seqlen is not None
+            kwargs["use_cache"] = False  # there is nothing that could go on from several sequences
+            kwargs |= attention.layer_inputs(
+                cu_seqlens,
+                max_seqlen,
+                inputs_embeds.shape[1],
+                device=inputs_embeds.device,
+                dtype=_compute_dtype(inputs_embeds),
+                head_size=_head_size(self.config.text_config),
+                seq_lengths=seq_lengths,
+                backend=attention_backend,
+            )
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -408,6 +482,8 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
         plan: InjectionPlan | None = None,
         rows: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
         **kwargs: Any,
     ) -> AlignGPTOutput:
         """One pass over `[BOS, <align>, …text…, P × <image>, …]` ids.
@@ -422,15 +498,21 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
             gate_mask: (B, L) bool, the text the gate averages; None: all attended text but the first token.
             plan, rows: the collator's injection plan, and indices into (B·L) of the supervised rows.
             num_items_in_batch: divides the summed loss; None: the number of supervised tokens here.
+            cu_seqlens: (sequences + 1,) int32, where each sequence begins in a packed batch, and its T tokens. B is
+                then 1, `attention_mask` absent, `position_ids` begin anew in each sequence (made here if absent), and
+                no sequence's first token has a loss.
+            max_seqlen: at least the longest sequence's length, with `cu_seqlens`.
+            seq_lengths: (among the others) their lengths as numbers, so that no back-end has to ask the device.
+            attention_backend: (among the others) one of `attention.BACKENDS` by name; None: the first that can run.
 
         Returns:
-            `loss` if labels are given; `logits` (B, L or logits_to_keep, V), None when training with labels;
-            `align_weights` (S, N-1) where the gate ran; without `plan` and levels, on a GPU, S is a bound and rows of
-            samples that do not exist follow the others.
+            `loss` and `token_loss` if labels are given; `logits` (B, L or logits_to_keep, V), None when training with
+            labels; `align_weights` (S, N-1) where the gate ran; without `plan` and levels, on a GPU, S is a bound and
+            rows of samples that do not exist follow the others.
 
         Raises:
-            ValueError: image tokens and images do not match (checked where the ids are on the host), or the images'
-                size is not the tower's.
+            ValueError: image tokens and images do not match (checked where the ids are on the host), the images' size
+                is not the tower's, or what stands beside `cu_seqlens` does not go with it.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -442,10 +524,16 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
             align_levels=align_levels,
             gate_mask=gate_mask,
             plan=plan,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        loss = None if labels is None else self._loss(hidden, labels, rows, num_items_in_batch)
+        loss = token_loss = None
+        if labels is not None:
+            if cu_seqlens is not None:  # what stands before a sequence's first token is another sequence
+                labels = labels.masked_fill(_places(cu_seqlens.to(labels.device), labels) == 0, -100)
+            loss, token_loss = self._loss(hidden, labels, rows, num_items_in_batch)
         logits = None
         if loss is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -457,22 +545,27 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             align_weights=outputs.align_weights,
+            token_loss=token_loss,
         )
 
-    def _loss(self, hidden: Tensor, labels: Tensor, rows: Tensor | None, num_items: Tensor | int | None) -> Tensor:
-        """Σ over supervised tokens of the negative log-likelihood, divided by their number."""
+    def _loss(
+        self, hidden: Tensor, labels: Tensor, rows: Tensor | None, num_items: Tensor | int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Σ over supervised tokens of the negative log-likelihood, divided by their number; and each row's own."""
         labels = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         if num_items is None:
             num_items = (labels != -100).sum().clamp(min=1)
         if _raw(self.lm_head) and self.lm_head.bias is None:
             weight = self.lm_head.weight
-            total, _ = linear_cross_entropy(hidden.to(weight.dtype), weight, labels, rows=rows)
+            total, each = linear_cross_entropy(hidden.to(weight.dtype), weight, labels, rows=rows)
+            each = each if rows is None else each[rows]
         else:
             if rows is not None:
                 hidden, labels = hidden[rows], labels[rows]
-            total = F.cross_entropy(self.lm_head(hidden).float(), labels, reduction="sum")
-        return total / num_items
+            each = F.cross_entropy(self.lm_head(hidden).float(), labels, reduction="none")
+            total = each.sum()
+        return total / num_items, each.detach()
 
     # ---------------------------------------------------------------------------------------------- generation
 
@@ -584,11 +677,24 @@ def _raw(module: nn.Module) -> bool:
     return reason is None
 
 
-def _all_text(attention_mask: Tensor, plan: InjectionPlan) -> Tensor:
-    """(B, L) bool: attended text tokens but each row's first attended one (BOS), wherever the padding is."""
-    attended = attention_mask.bool()
-    first = attention_mask.long().cumsum(-1) == 1
-    return attended & ~first & (plan.source.view(attended.shape) == -1)
+def _all_text(place: Tensor, plan: InjectionPlan) -> Tensor:
+    """(B, L) bool: text but each sequence's first token (BOS). `place` is each token's place, negative at padding."""
+    return (place > 0) & (plan.source.view(place.shape) == -1)
+
+
+def _places(cu_seqlens: Tensor, tokens: Tensor) -> Tensor:
+    """(1, T) int64: each packed token's place in its sequence."""
+    return positions(cu_seqlens, tokens.shape[1])[None]
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The type that products of the layers run in."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def _head_size(text_config: PretrainedConfig) -> int:
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
 
 
 def _left_padded(

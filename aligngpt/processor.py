@@ -232,11 +232,12 @@ class AlignGPTProcessor(ProcessorMixin):
             name=name,
         )
 
-    def text(self, sample: Sample, template: str | None = None) -> Tokenized:
-        """A training sample's ids, labels and gate mask, in the processor's template or another.
+    def text(self, sample: Sample, template: str | None = None, max_length: int | None = None) -> Tokenized:
+        """A training sample's ids, labels and gate mask, in the processor's template and length or others.
 
         ValueError names the record: its problem, what `render` and `tokenize` refuse, no answer within `max_length`.
         """
+        max_length = max_length or self.max_length
         if sample.problem:
             raise ValueError(f"{sample.name}: {sample.problem}")
         parts = render(
@@ -246,9 +247,9 @@ class AlignGPTProcessor(ProcessorMixin):
             has_images=bool(sample.images),
             name=sample.name,
         )
-        text = self.tokenize(parts, num_images=len(sample.images), max_length=self.max_length, name=sample.name)
+        text = self.tokenize(parts, num_images=len(sample.images), max_length=max_length, name=sample.name)
         if not text.num_supervised:
-            raise ValueError(f"{sample.name}: nothing of its answers is within max_length, {self.max_length} tokens")
+            raise ValueError(f"{sample.name}: nothing of its answers is within max_length, {max_length} tokens")
         return text
 
     def example(self, sample: Sample, records: Records, *, level: int | None = None) -> Example:

@@ -78,7 +78,7 @@ def test_fault_60_every_optional_package_missing():
     for package in OPTIONAL:
         assert re.search(rf"^  missing  {package.name} .*; instead: {re.escape(package.instead)}$", text, re.MULTILINE)
         advised = re.search(rf"^  {re.escape(package.install)}  # .*\b{package.name}\b", text, re.MULTILINE)
-        assert bool(advised) == (package.name not in ("xformers", "apex")), package.name  # these serve no purpose yet
+        assert bool(advised) == (package.name != "apex"), package.name  # not to be installed
     why = "no GPU" if facts["no_gpu"] else "the package triton does not work"
     assert facts["choices"]["Triton"].startswith(f"runs no kernel here: {why}")
     assert {row["runs"] for row in facts["ops"][:-1]} == {"reference"}
@@ -162,7 +162,8 @@ def test_a_broken_package_and_an_old_one(fake, capsys):
             "flash_attn/__init__.py": "print('noise')\nraise OSError('libcudart.so.12: cannot open')",
             "xformers/__init__.py": "__version__ = '0.0.9+cu118'",
             "xformers/ops.py": "print('noise')",
-            "peft/__init__.py": "raise SystemExit('no licence')",
+            "apex/__init__.py": "",
+            "apex/optimizers/__init__.py": "raise SystemExit('no licence')",
         }
     )
     assert main(["doctor"]) == 0  # neither is needed
@@ -172,7 +173,7 @@ def test_a_broken_package_and_an_old_one(fake, capsys):
     assert re.search(
         r"^To repair\n(.*\n)*?  pip uninstall flash-attn; pip install .*  # flash-attn$", out, re.MULTILINE
     )
-    assert re.search(r"^  broken   peft +SystemExit: no licence$", out, re.MULTILINE)
+    assert re.search(r"^  broken   apex +SystemExit: no licence$", out, re.MULTILINE)
     assert "noise" not in out
 
 

@@ -9,9 +9,12 @@ from aligngpt_kernels import injection_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aligngpt import AlignGPTForConditionalGeneration
-from aligngpt.batch import Example, collate
+from aligngpt.attention import NAME
+from aligngpt.batch import Example, collate, ends
 from aligngpt.checkpoint import PUBLIC_NAMES, _renamed
 from aligngpt.text import TokenIds, Tokenized
+from training import sharding
+from training.config import ShardingConfig
 
 BACKBONES = [
     ("llama", "clip"),
@@ -65,11 +68,16 @@ def sample(
     return Example(f"sample-{seed}", text, pixels, level)
 
 
-def batch_of(model, *examples: Example):
+def batch_of(model, *examples: Example, packed: bool = False):
     config = model.config
     ids = TokenIds(config.image_token_id, config.align_token_id, 0)
     size = config.vision_config.image_size
-    return collate(examples, token_ids=ids, rows_per_image=config.image_seq_length, image_size=size)
+    return collate(examples, token_ids=ids, rows_per_image=config.image_seq_length, image_size=size, packed=packed)
+
+
+def use_packed_attention(model, name: str = NAME):
+    model.model.language_model.set_attn_implementation(name)
+    return model
 
 
 def naive_embeds(model, example: Example) -> torch.Tensor:
@@ -396,6 +404,171 @@ def test_autocast_trains(build, kernels):
     loss.backward()
     assert loss.item() == pytest.approx(exact, rel=2e-2)
     assert model.model.align_gate.linear_1.weight.grad.abs().max() > 0
+
+
+# ---- packed --------------------------------------------------------------------------------------------------------
+
+
+def mixed(model, *, levelled: bool = False) -> list[Example]:
+    """Text alone, one image, one token, two images."""
+    samples = [sample(model, 7, 4, n, level=3 + n if levelled and n else None, seed=n) for n in (0, 1, 2)]
+    token = Tokenized(torch.tensor([5]), torch.tensor([5]), torch.tensor([False]), 0)  # its label predicts nothing
+    return [*samples[:2], Example("one token", token, samples[0].pixel_values, None), samples[2]]
+
+
+@pytest.mark.parametrize(
+    ("llm", "levelled"), [("llama", False), ("llama", True), ("gemma", False), ("phi", False), ("gpt2", False)]
+)
+def test_packed_and_padded_give_the_same_loss_and_gradients(build, llm, levelled):
+    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    model = build(llm, "clip", no_dropout if llm == "gpt2" else {}).train()
+    examples = mixed(model, levelled=levelled)
+
+    def step(packed):
+        model.zero_grad()
+        batch = batch_of(model, *examples, packed=packed)
+        out = model(**batch.model_inputs())
+        out.loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        return batch, out, gradients
+
+    padded_batch, padded, theirs = step(False)
+    use_packed_attention(model)
+    batch, packed, ours = step(True)
+    assert batch.num_tokens == padded_batch.num_tokens == batch.input_ids.shape[1]
+    close(packed.loss, padded.loss.detach())
+    close(packed.token_loss, padded.token_loss)
+    close(packed.token_loss.sum() / batch.num_supervised, packed.loss.detach())
+    if levelled:
+        assert packed.align_weights is None
+    else:
+        close(packed.align_weights, padded.align_weights.detach())
+    for name, gradient in theirs.items():
+        close(ours[name], gradient)
+
+
+@pytest.mark.parametrize("name", ["pt_batch", "ft_single_mid", "ft_text_only"])
+def test_packed_matches_the_public_implementation(public_folder, tower_config, load_case, name):
+    case = load_case(name)
+    arrays, inputs = case.arrays, dict(case.inputs)
+    model = AlignGPTForConditionalGeneration.from_pretrained(public_folder, vision_config=tower_config)
+    kept = inputs["attention_mask"].bool()
+    lengths = kept.sum(1).tolist()
+    packed = {field: inputs[field][kept][None] for field in ("input_ids", "labels")}
+    if "align_ids" in arrays:
+        packed["align_levels"] = torch.from_numpy(arrays["align_ids"])
+    out = use_packed_attention(model)(
+        **packed, pixel_values=inputs.get("pixel_values"), cu_seqlens=ends(lengths), max_seqlen=max(lengths)
+    )
+    close(out.loss, arrays["out_loss"])
+    if "out_gate_alpha" in arrays:
+        close(out.align_weights, arrays["out_gate_alpha"])
+
+
+def test_packed_sequences_do_not_see_each_other(build):
+    model = use_packed_attention(build()).train()
+    before = mixed(model)
+    after = [*before[:1], sample(model, 7, 4, seed=9), *before[2:]]
+    losses = []
+    for examples in (before, after):
+        batch = batch_of(model, *examples, packed=True)
+        start, end = batch.cu_seqlens[1:3].tolist()
+        changed = (batch.rows >= start) & (batch.rows < end)
+        losses.append((model(**batch.model_inputs()).token_loss, changed))
+    (old, changed), (new, _) = losses
+    assert changed.sum() == 4
+    assert torch.equal(old[~changed], new[~changed])
+    assert (old[changed] != new[changed]).all()
+
+
+def test_an_empty_bin_reaches_every_trained_weight(build):
+    model = use_packed_attention(build()).train()
+    batch = batch_of(model, packed=True)
+    assert (batch.ids, batch.num_tokens, batch.num_supervised) == ([], 0, 0)
+    out = model(**batch.model_inputs(), num_items_in_batch=3)
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert out.token_loss.shape == (0,)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.abs().max() == 0, name
+
+
+def test_what_the_collator_made_can_be_made_here(build):
+    """Plan, gate mask and positions are derived from `cu_seqlens`, and a label across a border counts for nothing."""
+    model = use_packed_attention(build())
+    given = batch_of(model, *mixed(model), packed=True).model_inputs()
+    text = given["input_ids"] < model.config.text_config.vocab_size
+    mask = text & (given["position_ids"] > 0)
+    labels = torch.where(text, given["input_ids"], -100)
+    want = model(**(given | {"gate_mask": mask, "rows": None}))
+    bare = {name: given[name] for name in ("input_ids", "pixel_values", "cu_seqlens", "max_seqlen")}
+    got = model(**bare, labels=given["labels"])
+    assert torch.equal(got.logits, want.logits)
+    assert torch.equal(got.token_loss, want.token_loss)
+    borders = model(**bare, labels=labels).token_loss[given["cu_seqlens"][1:] - 1]
+    assert (borders == 0).all()
+
+
+def test_a_packed_forward_never_syncs(build):
+    model = use_packed_attention(build()).train()
+    inputs = batch_of(model, *mixed(model), packed=True).model_inputs()
+    with NoSync():
+        model(**inputs)
+
+
+def test_packed_lengths_pass_through_sharded_and_recomputed_layers(build):
+    model = use_packed_attention(build()).train()
+    inputs = batch_of(model, *mixed(model), packed=True).model_inputs()
+    plain = model(**inputs)
+    plain.loss.backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    with sharding.world() as world:
+        config = ShardingConfig(activation_checkpointing="full")
+        sharding.shard(model, world.mesh, config, compute_dtype=torch.float32)
+        sharding.prepare_layers(model, config)
+        out = model(**inputs)
+        out.loss.backward()
+        close(out.token_loss, plain.token_loss)
+        got = dict(model.named_parameters())
+        for name, gradient in want.items():
+            close(got[name].grad.full_tensor(), gradient)
+
+
+def test_packed_attention_is_the_llms_alone_and_is_not_saved(build, tmp_path):
+    model = build()
+    tower = model.model.vision_tower.config._attn_implementation
+    use_packed_attention(model)
+    assert model.model.vision_tower.config._attn_implementation == tower != NAME
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
+    again = AlignGPTForConditionalGeneration.from_pretrained(tmp_path)
+    prompt = batch_of(model, sample(model, answer=0))
+    ask = {"input_ids": prompt.input_ids, "pixel_values": prompt.pixel_values, "max_new_tokens": 3, "do_sample": False}
+    with pytest.raises(ValueError, match="aligngpt_varlen needs both"):
+        model.generate(**ask)
+    assert torch.equal(use_packed_attention(model, tower).generate(**ask), again.generate(**ask))
+
+
+def test_what_does_not_go_with_packed_sequences_is_refused(build):
+    model = build()
+    inputs = batch_of(model, *mixed(model), packed=True).model_inputs()
+    with pytest.raises(ValueError, match=r"LLM's attention is 'sdpa'; .*set_attn_implementation\('aligngpt_varlen'\)"):
+        model(**inputs)
+    use_packed_attention(model)
+    lengths = inputs["seq_lengths"]
+    for wrong, match in (
+        ({"attention_mask": torch.ones_like(inputs["input_ids"])}, "attention_mask is given beside cu_seqlens"),
+        ({"max_seqlen": None}, "max_seqlen is missing"),
+        ({"max_seqlen": 3}, "none longer than max_seqlen 3"),
+        ({"input_ids": inputs["input_ids"].repeat(2, 1)}, "2 rows are given beside cu_seqlens"),
+        ({"seq_lengths": None, "cu_seqlens": ends(lengths[:-1])}, "they need to be 87 together"),
+        ({"seq_lengths": None, "cu_seqlens": ends((*lengths, 0))}, "none empty"),
+        ({"attention_backend": "flex"}, "attention_backend is 'flex', which cannot run"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            model(**(inputs | wrong))
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------

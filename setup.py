@@ -20,6 +20,7 @@ TRAIN = [
     "tqdm>=4.66",  # progress bars
     "pyarrow>=17",  # Parquet files of scores and levels
     "matplotlib>=3.9",  # pictures of levels and of data sets
+    "peft>=0.18",  # low-rank adapters of the LLM in training
     "tyro>=0.9",  # every field of a training config on the command line
 ]
 
@@ -52,17 +53,23 @@ setup(
             "flash-attn>=2.8"
         ],  # a peer in benchmarks and an attention back-end; builds against the installed torch
         "xformers": ["xformers>=0.0.35"],  # a peer in benchmarks and an attention back-end
+        "log": [
+            "tensorboard>=2.15",  # --log.tensorboard: torch writes its files with it
+            "wandb>=0.17",  # --log.wandb: curves on a server
+        ],
         "eval": TRAIN,
         "demo": TRAIN,
         "dev": [
             *TRAIN,
             "pytest>=8",  # runs tests/ and benchmarks/
+            "pytest-xdist>=3.6",  # runs the files of tests/ on several cores
             "pytest-benchmark>=5",  # times benchmarks/
             "hypothesis>=6.100",  # property tests of the kernels' arithmetic
             "ruff==0.17.6",  # formatter and linter, pinned so that a check means the same everywhere
             "mypy==2.4.1",  # type checker, pinned likewise
             # decodes images in training; tested against PIL
             'nvidia-dali-cuda130>=2.4; platform_system == "Linux" and platform_machine == "x86_64"',
+            "tensorboard>=2.15",  # what --log.tensorboard wrote is read back in tests
             "setuptools>=77",  # builds the wheel that tests/test_layers.py installs
             "gguf>=0.10",  # reads SmolLM2 from its PyPI package in docs/real-run.md
         ],

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 Stage = Literal["pretrain", "finetune"]
 TrainedPart = Literal["llm", "projector", "gate", "table"]  # the vision tower is frozen, always
+NO_SHARDS_IN_APEX = "apex's FusedAdam takes no sharded weights (DTensors); it needs one process"
 LEVEL_WORDS = ("record", "random", "none")  # what --data.levels may be beside a file
 
 
@@ -55,8 +56,8 @@ class DataConfig:
     image_folder: str = ""
     """Folder that the records' image paths are relative to. Shards hold their images and take none."""
     levels: str = "record"
-    """Alignment level of a sample: a file that `aligngpt levels` made, "record" (its record's align_level), "random",
-    or "none", which leaves it to the gate."""
+    """Alignment level of a sample: from a file that `aligngpt levels` made, or one of three words.
+    "record" takes the record's align_level, "random" draws one, "none" leaves the sample to the gate."""
     levels_hash: str = ""
     """Hash of the --data.levels file. Filled in by the run, which is then never resumed with other levels."""
     template: Literal["plain", "v1", "llama_2", "chat"] = "plain"
@@ -65,15 +66,17 @@ class DataConfig:
     """How an image is made square: its centre is cut out, or it is padded with the mean colour."""
     max_length: int = 2048
     """Longest sequence in tokens; what is longer is cut."""
+    packing: bool = True
+    """Sequences lie end to end in micro-batches of --token-budget tokens; otherwise each is padded to the longest."""
     order: Literal["shuffle", "grouped"] = "shuffle"
-    """Plain shuffle, or a shuffle in which a batch holds only text or only images, sorted by length."""
+    """Plain shuffle, or, for padded batches, one in which a batch holds only text or only images, sorted by length."""
     decoder: Literal["auto", "dali", "pil"] = "auto"
-    """What decodes and resizes images; the two differ by up to 4/255. "auto" is DALI where it is installed, else PIL,
-    and the run keeps what it began with."""
+    """What decodes and resizes images; the two differ by up to 4/255.
+    "auto" is DALI where it is installed, else PIL, and a run keeps what it began with."""
     workers: int = 4
     """Processes that load samples, for each training process; 0 loads in the training process."""
     prefetch: int = 2
-    """Micro-batches whose pixels are ready while the model is at work."""
+    """Steps whose pixels are ready while the model is at work."""
     hardware_decoder: float = 0.0
     """Share of JPEG images, from 0 to 1, that a GPU's decoding unit gets; its pixels differ a little from others'."""
     max_drop_rate: float = 0.01
@@ -84,17 +87,77 @@ class DataConfig:
 class OptimConfig:
     """AdamW, linear warm-up, cosine decay to 0."""
 
+    kind: Literal["torch", "apex"] = "torch"
+    """PyTorch's fused AdamW, or apex's FusedAdam, which takes a single process and no sharding."""
     lr: float = 1e-3
     """Peak learning rate."""
     projector_lr: float | None = None
     """Peak learning rate of the projector. None: the same as --optim.lr."""
+    align_lr: float | None = None
+    """Peak learning rate of the alignment table and the gate. None: the same as --optim.lr."""
     warmup_ratio: float = 0.03
     """Share of the steps in which the rate rises."""
     weight_decay: float = 0.0
+    """Decay of weight matrices; biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """How much of AdamW's two moments a step keeps."""
     eps: float = 1e-8
+    """What AdamW adds to the root of the second moment."""
     clip_norm: float = 1.0
     """Largest norm of the gradient of all trained weights together."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of the LLM, which train instead of its weights and are merged into them in RUN/model."""
+
+    rank: int = 0
+    """Rank of the adapters. 0: there are none."""
+    alpha: float = 16.0
+    """What an adapter adds is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get an adapter, such as q_proj. None named: all in the decoder layers."""
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """How the model lies on the processes, and what is kept or made again to save memory."""
+
+    size: int = 0
+    """Processes that share one copy of the weights; several copies are kept equal (HSDP). 0: all share one."""
+    gather: Literal["layer", "step"] = "layer"
+    """A decoder layer's weights are gathered when it runs and freed after, or gathered once in a step.
+    "step" keeps gradients whole too, and reduces them once: faster with several micro-batches, if memory allows."""
+    offload: bool = False
+    """Weights, gradients and optimizer lie in the host's memory."""
+    activation_checkpointing: Literal["full", "selective", "none"] = "full"
+    """What a decoder layer computes again in its backward pass: all, all but matrix products and attention, nothing."""
+    compile: bool = False
+    """Decoder layers are compiled by torch.compile."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """When a step is skipped, noted, or ends the run."""
+
+    max_skipped: int = 5
+    """Steps in a row that may be skipped because loss or gradient is not finite; after so many the run stops."""
+    spike: float = 6.0
+    """A loss this many standard deviations above its running mean is noted in RUN/spikes.jsonl."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where a run shows itself, beside RUN/metrics.jsonl and its progress bar."""
+
+    tensorboard: bool = False
+    """Curves in RUN/tensorboard."""
+    wandb: str = ""
+    """Weights & Biases project that the curves go to."""
+    peak_tflops: float | None = None
+    """The device's peak in dense bf16, in TFLOP/s, for MFU where it is none of the known GPUs."""
 
 
 @dataclass(frozen=True)
@@ -105,18 +168,28 @@ class TrainConfig:
     """Folder that receives config.json, metrics.jsonl, checkpoints/ and, at the end, model/."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     global_batch_size: int = 256
     """Samples an optimizer step sees, over all processes."""
+    token_budget: int = 20480
+    """Tokens a process takes through the model at once; the rest of a step follows in further micro-batches."""
     per_device_batch_size: int = 32
-    """Samples a process takes through the model at once; the rest of its share follows in further micro-batches."""
+    """The same in samples, for padded batches (--data.no-packing)."""
     epochs: int = 1
+    """Times that the run goes through the data."""
     max_steps: int | None = None
     """Optimizer steps of the run, instead of --epochs."""
     seed: int = 0
+    """Decides new weights, the order of samples, random levels and dropout."""
+    deterministic: bool = False
+    """On a GPU, take only operations that give the same bits each time, such as flash attention's slower backward pass:
+    a run that is resumed is then bit-equal. On a CPU all are."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of forward and backward; trained weights and optimizer are fp32 either way."""
-    gradient_checkpointing: bool = True
     save_every: int = 500
     """Optimizer steps between two checkpoints; the last step is always saved."""
     keep_last: int = 2
@@ -125,6 +198,12 @@ class TrainConfig:
     """Go on from the run folder's last checkpoint; without it a folder that holds a run is refused."""
     export_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of trained weights in RUN/model; frozen weights are copied as they were."""
+    dry_run: bool = False
+    """Say what the run needs, and do not start it."""
+    processes: int | None = None
+    """Processes that --dry-run plans for. None: as many as there are."""
+    tokens_per_second: float | None = None
+    """Rate of all processes together, for the hours that --dry-run tells. None: an MFU of 40 % is assumed."""
 
 
 def aligngpt_7b(stage: Stage) -> TrainConfig:
@@ -133,9 +212,10 @@ def aligngpt_7b(stage: Stage) -> TrainConfig:
         return TrainConfig()
     return TrainConfig(
         model=ModelConfig(train=("llm", "projector", "gate")),
-        data=DataConfig(levels="none", template="v1", image_aspect_ratio="pad", order="grouped"),
+        data=DataConfig(levels="none", template="v1", image_aspect_ratio="pad"),
         optim=OptimConfig(lr=2e-5),
         global_batch_size=128,
+        token_budget=16384,
         per_device_batch_size=16,
         export_dtype="bf16",
     )
@@ -144,7 +224,11 @@ def aligngpt_7b(stage: Stage) -> TrainConfig:
 def aligngpt_13b(stage: Stage) -> TrainConfig:
     """Vicuna-13B: the same hyper-parameters in smaller micro-batches."""
     preset = aligngpt_7b(stage)
-    return dataclasses.replace(preset, per_device_batch_size=preset.per_device_batch_size // 2)
+    return dataclasses.replace(
+        preset,
+        token_budget=preset.token_budget // 2,
+        per_device_batch_size=preset.per_device_batch_size // 2,
+    )
 
 
 def tiny(stage: Stage) -> TrainConfig:
@@ -154,10 +238,11 @@ def tiny(stage: Stage) -> TrainConfig:
         preset,
         data=dataclasses.replace(preset.data, max_length=512, workers=1),
         optim=dataclasses.replace(preset.optim, lr=1e-3 if stage == "pretrain" else 2e-4),
+        sharding=dataclasses.replace(preset.sharding, activation_checkpointing="none"),
         global_batch_size=8,
+        token_budget=2048,
         per_device_batch_size=4,
         precision="fp32",
-        gradient_checkpointing=False,
         save_every=50,
         export_dtype="fp32",
     )
@@ -176,9 +261,23 @@ NOT_LEARNED = frozenset(
         "resume",
         "save_every",
         "keep_last",
+        "deterministic",
+        "token_budget",
         "per_device_batch_size",
-        "gradient_checkpointing",
+        "sharding.size",
+        "sharding.gather",
+        "sharding.offload",
+        "sharding.activation_checkpointing",
+        "sharding.compile",
+        "guard.max_skipped",
+        "guard.spike",
+        "log.tensorboard",
+        "log.wandb",
+        "log.peak_tflops",
         "export_dtype",
+        "dry_run",
+        "processes",
+        "tokens_per_second",
         "data.workers",
         "data.prefetch",
         "data.max_drop_rate",
@@ -189,15 +288,15 @@ NOT_LEARNED = frozenset(
 def read_command_line(stage: Stage, args: list[str] | None = None) -> TrainConfig:
     """The config that `PRESET --field value …` asks for, checked.
 
-    A command line that is not understood ends the process with status 2, an unknown flag with the nearest names; only
-    the first process of a machine prints.
+    A command line that is not understood ends the process with status 2, an unknown name with what it may be; only the
+    first process of a machine prints.
 
     Raises:
         ValueError: a value that cannot work; see `check`.
     """
     args = sys.argv[1:] if args is None else args
     prog = f"training/{stage}.py"
-    problem = unknown_flags(args, PRESETS["tiny"](stage))
+    problem = unknown_names(args, PRESETS["tiny"](stage))
     if problem:
         if is_first_on_machine():
             print(f"error: {problem}; {prog} PRESET --help lists all", file=sys.stderr, flush=True)
@@ -212,12 +311,14 @@ def read_command_line(stage: Stage, args: list[str] | None = None) -> TrainConfi
         console_outputs=is_first_on_machine(),
     )
     config = with_absolute_paths(config)
-    check(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    check(config, world_size=config.processes or int(os.environ.get("WORLD_SIZE", "1")))
     return with_levels_hash(config)
 
 
-def unknown_flags(args: list[str], config: TrainConfig) -> str | None:
-    """What is wrong with the flags' names and which names are nearest; None if they are all known."""
+def unknown_names(args: list[str], config: TrainConfig) -> str | None:
+    """What is wrong with the names of preset and flags and which are nearest; None if they are all known."""
+    if args and not args[0].startswith("-") and args[0] not in PRESETS:
+        return f"{args[0]} is no preset; it needs to be one of {', '.join(PRESETS)}"
     known = {"--help"}
     for name, value in flat(dataclasses.asdict(config)).items():
         flag = name.replace("_", "-")
@@ -288,25 +389,37 @@ def check(config: TrainConfig, *, world_size: int = 1) -> None:
 
     for flag, value, least in (
         ("global-batch-size", config.global_batch_size, 1),
+        ("token-budget", config.token_budget, data.max_length if data.packing else 1),
         ("per-device-batch-size", config.per_device_batch_size, 1),
+        ("lora.rank", config.lora.rank, 0),
+        ("sharding.size", config.sharding.size, 0),
+        ("guard.max-skipped", config.guard.max_skipped, 1),
         ("epochs", config.epochs, 1),
         ("max-steps", 1 if config.max_steps is None else config.max_steps, 1),
         ("seed", config.seed, 0),
         ("save-every", config.save_every, 1),
         ("keep-last", config.keep_last, 1),
+        ("processes", 1 if config.processes is None else config.processes, 1),
         ("data.workers", data.workers, 0),
         ("data.prefetch", data.prefetch, 1),
         ("data.max-length", data.max_length, 8),
         ("model.num-levels", 2 if model.num_levels is None else model.num_levels, 2),
     ):
         need(value >= least, flag, value, f"a whole number of at least {least}")
-    projector_lr = optim.lr if optim.projector_lr is None else optim.projector_lr
+    projector_lr, align_lr = (optim.lr if lr is None else lr for lr in (optim.projector_lr, optim.align_lr))
+    rate = "a rate between 0 and 1"
     share = "a share from 0 to 1"
     rules: tuple[tuple[str, Any, bool, str], ...] = (
         ("data.hardware-decoder", data.hardware_decoder, 0 <= data.hardware_decoder <= 1, share),
         ("data.max-drop-rate", data.max_drop_rate, 0 <= data.max_drop_rate <= 1, share),
-        ("optim.lr", optim.lr, 0 < optim.lr < 1, "a rate between 0 and 1"),
-        ("optim.projector-lr", projector_lr, 0 < projector_lr < 1, "a rate between 0 and 1"),
+        ("optim.lr", optim.lr, 0 < optim.lr < 1, rate),
+        ("optim.projector-lr", projector_lr, 0 < projector_lr < 1, rate),
+        ("optim.align-lr", align_lr, 0 < align_lr < 1, rate),
+        ("lora.alpha", config.lora.alpha, config.lora.alpha > 0, "a positive number"),
+        ("lora.dropout", config.lora.dropout, 0 <= config.lora.dropout < 1, "a share of at least 0 and below 1"),
+        ("guard.spike", config.guard.spike, config.guard.spike > 0, "a positive number of standard deviations"),
+        ("log.peak-tflops", config.log.peak_tflops, (config.log.peak_tflops or 1) > 0, "a positive number"),
+        ("tokens-per-second", config.tokens_per_second, (config.tokens_per_second or 1) > 0, "a positive number"),
         ("optim.warmup-ratio", optim.warmup_ratio, 0 <= optim.warmup_ratio < 1, "a share of at least 0 and below 1"),
         ("optim.weight-decay", optim.weight_decay, 0 <= optim.weight_decay < 1, "a number of at least 0 and below 1"),
         ("optim.betas", optim.betas, all(0 <= beta < 1 for beta in optim.betas), "two numbers from 0 to below 1"),
@@ -316,6 +429,20 @@ def check(config: TrainConfig, *, world_size: int = 1) -> None:
     )
     for name, given, good, needs in rules:
         need(good, name, given, needs)
+    need(data.order == "shuffle" or not data.packing, "data.order", data.order, "padded batches: --data.no-packing")
+    need(config.processes is None or config.dry_run, "processes", config.processes, "--dry-run: torchrun starts them")
+    need("llm" in model.train or not config.lora.rank, "lora.rank", config.lora.rank, "llm in --model.train")
+    if optim.kind == "apex":
+        if world_size > 1:
+            raise ValueError(f"--optim.kind is 'apex', in {world_size} processes; {NO_SHARDS_IN_APEX}")
+        need(not config.sharding.offload, "sharding.offload", True, "--optim.kind torch: apex's model is not sharded")
+        from aligngpt.doctor import why_not
+
+        why = why_not("apex")
+        need(why is None, "optim.kind", "apex", f"NVIDIA's apex, built from its source with CUDA: {why}")
+    size = config.sharding.size
+    divides = not size or world_size % size == 0
+    need(divides, "sharding.size", size, f"a number that divides the number of processes, {world_size}")
     samples = config.global_batch_size
     need(samples >= world_size, "global-batch-size", samples, f"a sample for each of the {world_size} processes")
 

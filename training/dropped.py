@@ -1,54 +1,46 @@
 """Samples that a run could not use: a line each in RUN/bad_samples.jsonl, and the limit at which the run stops.
 
 A line holds: step (from 1), attempt (0 for a sample of the order; 1, 2, … for one that was to stand in), record, id,
-reason, kind (the reason without names and numbers). All processes keep the same lines; rank 0 writes. The limit is on
-the samples of the order.
+reason, kind (the reason without names and numbers). All processes keep the same lines; rank 0 writes; a checkpoint
+holds those until then, and the file follows the checkpoint. The limit is on the samples of the order.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from aligngpt.drops import Drop, commonest
-from training.metrics import lines_until, rewrite
-from training.sharding import World
+from training.metrics import rewrite
 
 FILE = "bad_samples.jsonl"
 _FIELDS = ("record", "id", "reason", "kind")  # of a Drop
 
 
 class BadSampleError(ValueError):
-    """Too many samples cannot be used; the message has the commonest reasons."""
+    """Too many samples cannot be used (the message has the commonest reasons), or processes read different ones."""
 
 
 class DroppedSamples:
-    """The dropped samples of a run that goes on after `first_step` steps and takes `total` samples in all.
+    """The dropped samples of a run that takes `total` samples in all, `lines` of them so far.
 
     max_rate: share of the total that may be dropped. The file is written once the run's folder is this run's, from
     `start` on.
     """
 
-    def __init__(self, run_dir: Path, *, first_step: int, total: int, max_rate: float, world: World):
+    def __init__(self, run_dir: Path, *, lines: list[dict[str, Any]], total: int, max_rate: float):
         self.path = run_dir / FILE
-        self.first_step = first_step
+        self.lines: list[dict[str, Any]] = []
+        self.count = 0  # samples of the order that were dropped
+        self._take_down(lines)
         self.total = total
         self.max_rate = max_rate
         self.started = False
-        self.unwritten: list[str] = []
-        kept = map(json.loads, lines_until(self.path, first_step)) if world.rank == 0 else ()
-        earlier = [(line["attempt"], Drop(*(line[name] for name in _FIELDS))) for line in kept]
-        self.drops: list[tuple[int, Drop]] = world.gather(earlier)[0]
-
-    @property
-    def count(self) -> int:
-        """How many samples of the order were dropped."""
-        return sum(attempt == 0 for attempt, _ in self.drops)
 
     def start(self) -> None:
-        """Write from now on; lines of steps that are taken again go. For rank 0 alone."""
-        if self.path.exists():
-            rewrite(self.path, lines_until(self.path, self.first_step))
+        """Write from now on, in place of what the file holds. For rank 0 alone."""
+        if self.lines or self.path.exists():
+            rewrite(self.path, [json.dumps(line) + "\n" for line in self.lines])
         self.started = True
-        self._write()
 
     def step(self, number: int, drops: list[tuple[int, Drop]], *, taken: int) -> None:
         """Take down what step `number` (from 0) dropped. taken: samples that the run has taken with it.
@@ -56,27 +48,28 @@ class DroppedSamples:
         Raises:
             BadSampleError: it is more than the run may drop.
         """
-        self.drops += drops
-        for attempt, drop in drops:
-            line = {"step": number + 1, "attempt": attempt} | {name: getattr(drop, name) for name in _FIELDS}
-            self.unwritten.append(json.dumps(line) + "\n")
-        self._write()
+        lines = [
+            {"step": number + 1, "attempt": attempt} | {name: getattr(drop, name) for name in _FIELDS}
+            for attempt, drop in drops
+        ]
+        self._take_down(lines)
+        if self.started:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
         if too_many(self.count, taken=taken, total=self.total, max_rate=self.max_rate):
             raise BadSampleError(
                 f"{self.count} of the first {taken} samples cannot be used; --data.max-drop-rate allows "
                 f"{self.max_rate:g} of the run's {self.total}. {self.reasons()}"
             )
 
+    def _take_down(self, lines: list[dict[str, Any]]) -> None:
+        self.lines += lines
+        self.count += sum(line["attempt"] == 0 for line in lines)
+
     def reasons(self) -> str:
         """The ten commonest, a line each."""
-        lines = commonest(drop for _, drop in self.drops)
+        lines = commonest(Drop(*(line[name] for name in _FIELDS)) for line in self.lines)
         return "\n  ".join(["The commonest reasons (`aligngpt doctor` lists all samples):", *lines])
-
-    def _write(self) -> None:
-        if self.started:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(self.unwritten)
-            self.unwritten.clear()
 
 
 def too_many(dropped: int, *, taken: int, total: int, max_rate: float) -> bool:

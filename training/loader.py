@@ -2,23 +2,29 @@
 
 The order is a pure function of (seed, epoch): step k of an epoch takes `order[kG : (k+1)G]`, G samples of the global
 batch, whatever the number of processes; the last step takes what is left, so that an epoch shows every sample once.
-A global batch is cut into micro-steps of world × B samples (B per process), and a micro-step into one part for each
-process; every process runs the same number of micro-steps, and one whose part is empty runs a dummy without supervised
-tokens. Resuming needs the step's number and nothing else.
+How they are cut into micro-batches is in packing.py. Resuming needs the step's number and nothing else.
 
-    steps ─ share ─ parts ─ worker processes: read, tokenise, collate ─ Loaded ─ a thread of this process: pixels
+    steps ─ parts ─ worker processes: tokenise, cut, read, collate ─ Loaded ─ a thread of this process: pixels
+
+For packed batches a worker tokenises the whole global batch, of which it reads only its own process's images: about a
+millisecond a sample, for which no process needs to ask another what is where. That all found the same is checked by a
+checksum: processes that disagree would wait for each other in different collectives.
 
 A sample that cannot be used is dropped: another takes its place, which is a pure function of (seed, epoch, index,
-attempt), so that every run of the same data drops and replaces the same. Where PIL decodes, the workers do it, and the
-thread normalises; where DALI does, the workers read and screen the files, and the thread decodes them.
+attempt), so that every run of the same data drops and replaces the same. What its text shows is known before the batch
+is cut. What only its image shows is not, so the one that stands in is cut to the length of the sample whose place it
+takes. Where PIL decodes, the workers do it, and the thread normalises; where DALI does, the workers read and screen the
+files, and the thread decodes them.
 """
 
 import dataclasses
+import itertools
 import queue
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,8 +37,11 @@ from aligngpt.data.records import Records
 from aligngpt.drops import Drop, use_or_drop
 from aligngpt.image import ImageError
 from aligngpt.processor import AlignGPTProcessor
-from aligngpt.text import IGNORE_INDEX, Tokenized
+from aligngpt.text import Tokenized
 from training.dali_pipeline import DaliPixels, Picture, read
+from training.packing import pack, share
+
+T = TypeVar("T")
 
 CHARACTERS_PER_TOKEN = 4  # enough to sort by; nothing else depends on it
 ATTEMPTS = 10  # samples tried for one place in a batch
@@ -40,24 +49,45 @@ ATTEMPTS = 10  # samples tried for one place in a batch
 
 @dataclass(frozen=True)
 class Part:
-    """What a worker makes a batch of: positions in the order of an epoch's data."""
+    """What a worker makes a process's micro-batches of: the global batch, as positions in an epoch's order."""
 
     epoch: int
     indices: list[int]
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How a global batch is cut, and which of the processes this is."""
+
+    rank: int = 0
+    num_processes: int = 1
+    token_budget: int | None = None  # of a packed micro-batch; None: it is padded
+    per_device: int = 1  # samples of a padded micro-batch
+
+
+@dataclass(frozen=True)
 class Loaded:
-    """A micro-batch, and the samples that could not be used for it.
+    """A process's micro-batches of a step, and the samples that could not be used for them.
 
     dropped: each with the attempt that it was, 0 for the order's own sample, 1, 2, … for those that were to stand in.
-    batch: None where `ATTEMPTS` samples in a row could not be used. pictures: those of the batch, as long as its
-    pixel_values are (M, 3, 0, 0).
+    batches: None where `ATTEMPTS` samples in a row could not be used. pictures: those of each batch, as long as its
+    pixel_values are (M, 3, 0, 0). checksum: 20 bits of the texts that the global batch was packed by, which must be the
+    same in all processes; 0 for padded batches, which are cut without them.
     """
 
-    batch: Batch | None
+    batches: list[Batch] | None
     dropped: list[tuple[int, Drop]]
-    pictures: list[Picture]
+    pictures: list[list[Picture]]
+    checksum: int
+
+
+@dataclass(frozen=True)
+class _Taken(Generic[T]):
+    """Which attempt for a place could be used, what was made of it, and what was dropped before."""
+
+    attempt: int
+    value: T | None  # None: none could
+    dropped: list[tuple[int, Drop]]
 
 
 # ---------------------------------------------------------------------------------------------------- order
@@ -119,15 +149,6 @@ class Order:
             yield order[start : start + self.global_batch_size]
 
 
-def share(batch: np.ndarray, *, rank: int, world_size: int, per_device: int) -> list[list[int]]:
-    """A process's micro-batches of a global batch, as many for every process; a part may be empty."""
-    micro_step = world_size * per_device
-    return [
-        np.array_split(batch[start : start + micro_step], world_size)[rank].tolist()
-        for start in range(0, len(batch), micro_step)
-    ]
-
-
 def estimated_lengths(records: Records, rows_per_image: int) -> np.ndarray:
     """(records,) about how many tokens each sample has, without a tokenizer."""
     return records.num_characters // CHARACTERS_PER_TOKEN + rows_per_image * records.num_images
@@ -152,6 +173,7 @@ class Samples(Dataset[Loaded]):
 
     kept: (samples,) the records that the run takes; None: all of them. levels: (records,) the level of each record,
     "random", or None where no sample has one. The levels of a run are decided here, so they are data to the model.
+    cut: how a global batch becomes this process's micro-batches.
     decode_by_dali: DALI decodes, not PIL; `hardware_decoder` is the share of it that a GPU's decoding unit gets.
     """
 
@@ -164,6 +186,7 @@ class Samples(Dataset[Loaded]):
         levels: np.ndarray | Literal["random"] | None,
         num_levels: int,
         seed: int,
+        cut: Cut,
         decode_by_dali: bool = False,
         hardware_decoder: float = 0.0,
     ):
@@ -173,6 +196,7 @@ class Samples(Dataset[Loaded]):
         self.levels = levels
         self.num_levels = num_levels
         self.seed = seed
+        self.cut = cut
         self.decode_by_dali = decode_by_dali
         self.hardware_decoder = hardware_decoder
 
@@ -183,44 +207,96 @@ class Samples(Dataset[Loaded]):
         return self.load(part, {})
 
     def load(self, part: Part, refused: Mapping[str, ImageError]) -> Loaded:
-        """The batch of a part. refused: images, by name, that turned out not to decode."""
-
-        def use(sample: Sample) -> tuple[Example, list[Picture]]:
-            for name in sample.images:
-                if name in refused:
-                    raise refused[name]
-            text = self.processor.text(sample)
-            image_processor = self.processor.image_processor
-            names = sample.images[: text.num_images]  # a cut may leave out the last ones
-            named = [(self.records.image(sample, number), name) for number, name in enumerate(names)]
-            pictures: list[Picture] = (
-                [read(file, image_processor, name=name) for file, name in named]
-                if self.decode_by_dali
-                else [image_processor.read(file, name) for file, name in named]
+        """The micro-batches of a part. refused: images, by name, that turned out not to decode."""
+        cut, checksum = self.cut, 0
+        if cut.token_budget is None:
+            bins = self._mine(share(len(part.indices), per_device=cut.per_device, num_processes=cut.num_processes))
+            texts = {place: self._text(part, place) for place in itertools.chain.from_iterable(bins)}
+        else:
+            texts = {place: self._text(part, place) for place in range(len(part.indices))}
+            lengths = [len(taken.value.input_ids) if taken.value else 0 for taken in texts.values()]
+            for taken in texts.values():
+                checksum = zlib.crc32(taken.value.input_ids.numpy().tobytes() if taken.value else b"", checksum)
+            checksum >>= 12
+            bins = self._mine(pack(lengths, budget=cut.token_budget, num_processes=cut.num_processes))
+        lost = [place for place, taken in texts.items() if taken.value is None]
+        if lost:
+            mine = set(itertools.chain.from_iterable(bins))  # the others' are reported by them
+            return Loaded(
+                None, [drop for place in lost if place in mine for drop in texts[place].dropped], [], checksum
             )
+
+        batches: list[Batch] = []
+        pictures: list[list[Picture]] = []
+        dropped: list[tuple[int, Drop]] = []
+        for places in bins:
+            found = [self._with_pictures(part, place, texts[place], refused) for place in places]
+            dropped += itertools.chain.from_iterable(taken.dropped for taken in found)
+            values = [taken.value for taken in found if taken.value is not None]
+            if len(values) < len(found):
+                return Loaded(None, dropped, [], checksum)
+            batches.append(self._collated([example for example, _ in values]))
+            pictures.append(list(itertools.chain.from_iterable(of_example for _, of_example in values)))
+        return Loaded(batches, dropped, pictures, checksum)
+
+    def _mine(self, bins: list[list[int]]) -> list[list[int]]:
+        return bins[self.cut.rank :: self.cut.num_processes]
+
+    def _text(self, part: Part, place: int) -> "_Taken[Tokenized]":
+        return self._take(part, place, range(ATTEMPTS), self.processor.text)
+
+    def _take(self, part: Part, place: int, attempts: Iterable[int], use: Callable[[Sample], T]) -> _Taken[T]:
+        """The first of the attempts for a place that `use` can use."""
+        index = part.indices[place]
+        dropped: list[tuple[int, Drop]] = []
+        for attempt in attempts:
+            taken = replacement(self.seed, part.epoch, index, attempt, len(self)) if attempt else index
+            found = use_or_drop(self.records, int(self.kept[taken]), use)
+            if not isinstance(found, Drop):
+                return _Taken(attempt, found, dropped)
+            dropped.append((attempt, found))
+        return _Taken(ATTEMPTS, None, dropped)
+
+    def _with_pictures(
+        self, part: Part, place: int, text: _Taken[Tokenized], refused: Mapping[str, ImageError]
+    ) -> _Taken[tuple[Example, list[Picture]]]:
+        """The sample whose text is known, or one that stands in for it, with its pictures."""
+        known = text.value
+        assert known is not None
+
+        def use(sample: Sample, text: Tokenized) -> tuple[Example, list[Picture]]:
+            pictures = self._pictures(sample, text.num_images, refused)
             return Example(sample.id, text, torch.empty(len(pictures), 3, 0, 0), self.level(sample)), pictures
 
-        examples: list[Example] = []
-        pictures: list[Picture] = []
-        dropped: list[tuple[int, Drop]] = []
-        for index in part.indices:
-            for attempt in range(ATTEMPTS):
-                taken = replacement(self.seed, part.epoch, index, attempt, len(self)) if attempt else index
-                found = use_or_drop(self.records, int(self.kept[taken]), use)
-                if not isinstance(found, Drop):
-                    break
-                dropped.append((attempt, found))
-            else:
-                return Loaded(None, dropped, [])
-            examples.append(found[0])
-            pictures += found[1]
-        batch = collate(
-            examples or [self.dummy()],
+        def use_another(sample: Sample) -> tuple[Example, list[Picture]]:
+            return use(sample, self.processor.text(sample, max_length=len(known.input_ids)))
+
+        own = self._take(part, place, [text.attempt], lambda sample: use(sample, known))
+        dropped = text.dropped + own.dropped
+        if own.value is not None:
+            return _Taken(text.attempt, own.value, dropped)
+        other = self._take(part, place, range(text.attempt + 1, ATTEMPTS), use_another)
+        return _Taken(other.attempt, other.value, dropped + other.dropped)
+
+    def _pictures(self, sample: Sample, num_images: int, refused: Mapping[str, ImageError]) -> list[Picture]:
+        image_processor, pictures = self.processor.image_processor, []
+        for number, name in enumerate(sample.images[:num_images]):  # a cut may leave out the last ones
+            if name in refused:
+                raise refused[name]
+            file = self.records.image(sample, number)
+            pictures.append(
+                read(file, image_processor, name=name) if self.decode_by_dali else image_processor.read(file, name)
+            )
+        return pictures
+
+    def _collated(self, examples: list[Example]) -> Batch:
+        return collate(
+            examples,
             token_ids=self.processor.token_ids,
             rows_per_image=self.processor.rows_per_image,
             image_size=0,
+            packed=self.cut.token_budget is not None,
         )
-        return Loaded(batch, dropped, pictures)
 
     def decoder(self, device: torch.device) -> Callable[[Sequence[Picture]], Tensor]:
         """What makes pictures pixels, (M, 3, size, size) fp32 on the device. ImageError: one that does not decode."""
@@ -231,18 +307,22 @@ class Samples(Dataset[Loaded]):
         return lambda pictures: image_processor.normalised([picture.to(device) for picture in pictures])  # type: ignore[union-attr]
 
     def decoded(self, part: Part, loaded: Loaded, decode: Callable[[Sequence[Picture]], Tensor]) -> Loaded:
-        """The batch with its pixels. Where a picture does not decode after all, its samples are replaced too."""
+        """The batches with their pixels. Where a picture does not decode after all, its samples are replaced too."""
         refused: dict[str, ImageError] = {}
-        while (batch := loaded.batch) is not None:
+        while (found := loaded.batches) is not None:
             try:
-                pixels = decode(loaded.pictures)
+                pixels = [decode(pictures) for pictures in loaded.pictures]
             except ImageError as error:
                 if error.name in refused:  # it would go round for ever
                     raise
                 refused[error.name] = error
                 loaded = self.load(part, refused)
             else:
-                return Loaded(dataclasses.replace(batch, pixel_values=pixels), loaded.dropped, [])
+                batches = [
+                    dataclasses.replace(batch, pixel_values=of_batch)
+                    for batch, of_batch in zip(found, pixels, strict=True)
+                ]
+                return dataclasses.replace(loaded, batches=batches, pictures=[])
         return loaded
 
     def level(self, sample: Sample) -> int | None:
@@ -252,17 +332,11 @@ class Samples(Dataset[Loaded]):
             return random_level(self.seed, sample.record, self.num_levels)
         return int(self.levels[sample.record])
 
-    def dummy(self) -> Example:
-        """One padding token, no image, nothing supervised."""
-        token = torch.tensor([self.processor.token_ids.pad])
-        text = Tokenized(token, torch.full_like(token, IGNORE_INDEX), torch.zeros_like(token, dtype=torch.bool), 0)
-        return Example(id="dummy", text=text, pixel_values=torch.empty(0, 3, 0, 0))
-
 
 def micro_batches(
     samples: Samples, parts: Sequence[Part], *, workers: int, device: torch.device, prefetch: int
 ) -> Iterator[Loaded]:
-    """A batch for each part, in order, made ahead of time by `workers` processes and a thread, `prefetch` of them.
+    """What is made of each part, in order, ahead of time by `workers` processes and a thread, `prefetch` parts of it.
 
     Pixels are on the device, everything else is on the host.
     """
@@ -273,7 +347,7 @@ def micro_batches(
 def _decoded_ahead(
     loader: Iterable[tuple[Part, Loaded]], samples: Samples, device: torch.device, prefetch: int
 ) -> Iterator[Loaded]:
-    """What the loader gives, decoded in order by a thread that keeps `prefetch` batches in hand.
+    """What the loader gives, decoded in order by a thread that keeps `prefetch` steps in hand.
 
     Nothing waits for the thread: a worker that hangs must not keep the process from ending. Once this is closed, the
     thread ends with the item it is at.

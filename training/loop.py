@@ -8,7 +8,6 @@ the step, so they stop together; the run folder is not touched before the first 
 import dataclasses
 import itertools
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,21 +17,26 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from tqdm import tqdm
 
+from aligngpt import attention
 from aligngpt.batch import Batch
 from aligngpt.config import AlignGPTConfig
 from aligngpt.data.records import Records, check_levels, in_shards, open_records
 from aligngpt.levels import read_levels, with_levels
 from aligngpt.model import AlignGPTForConditionalGeneration
 from aligngpt.processor import AlignGPTImageProcessor, AlignGPTProcessor
-from training import checkpointing, optim, sharding
+from training import checkpoints, lora, optim, run_folder, sharding
+from training.checkpoints import Checkpoints, SaveError
 from training.config import Stage, TrainConfig
 from training.dali_pipeline import why_not_dali
 from training.dropped import BadSampleError, DroppedSamples
-from training.loader import ATTEMPTS, Order, Part, Samples, estimated_lengths, micro_batches, share
-from training.metrics import Metrics, peak_memory_bytes
+from training.flops import count_flops
+from training.guard import Guard
+from training.loader import ATTEMPTS, Cut, Order, Part, Samples, estimated_lengths, micro_batches
+from training.metrics import Metrics, StepSums, check_log, peak_memory_bytes
+from training.processes import Stop, Terminated, watch_peers
 from training.sharding import World
 
 logger = logging.getLogger(__name__)
@@ -44,9 +48,27 @@ class Step:
 
     batches: list[Batch]
     tokens: int
+    images: int
     supervised_tokens: int
     dropped_samples: int  # of the run so far
     data_seconds: float  # this process waited for its loader
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a step is done with."""
+
+    config: TrainConfig
+    world: World
+    model: AlignGPTForConditionalGeneration
+    optimizer: torch.optim.Optimizer
+    order: Order
+    total_steps: int
+    guard: Guard
+    stop: Stop
+    metrics: Metrics
+    saves: Checkpoints
+    dropped: DroppedSamples
 
 
 def train(config: TrainConfig, stage: Stage) -> None:
@@ -54,53 +76,71 @@ def train(config: TrainConfig, stage: Stage) -> None:
 
     Raises:
         ValueError: the run folder, a model folder or the data are not what the config needs.
-        BadSampleError: too many samples cannot be used; the checkpoints so far stay.
-        FloatingPointError: the gradient is not finite; likewise.
+        BadSampleError: too many samples cannot be used, or processes read different ones; the checkpoints so far stay.
+        SaveError: a checkpoint could not be written; likewise.
+        FloatingPointError: too many steps in a row were not finite; likewise.
+        Terminated: SIGTERM, after the checkpoint of the step that was at work.
     """
-    with sharding.world() as world:
+    with sharding.world(config.sharding.size, deterministic=config.deterministic) as world, watch_peers(world):
         config = with_decoder(config, world)
-        first_step = checkpointing.steps_done(config)
-        if first_step is None:
+        check_log(config.log, world)
+        if any(world.gather(run_folder.is_finished(config))):
             say(world, f"{config.run_dir} is finished; its result is {config.run_dir}/model")
             return
+        newest = checkpoints.steps_saved(config)
+        saved = checkpoints.find(config, world)
+        first_step, extra = (saved.step, saved.extra) if saved else (0, {})
 
         # Everything cheap comes before the weights: a wrong folder or a bad first sample shows within seconds.
         model_config = sharding.starting_config(config.model, image_aspect_ratio=config.data.image_aspect_ratio)
         weights = sharding.starting_weights(config.model, model_config, seed=config.seed)
+        check_packing(config, model_config)
         processor = make_processor(config, model_config)
-        samples = read_samples(config, model_config, processor)
+        samples = read_samples(config, model_config, processor, rank=world.rank, num_processes=world.size)
         order = make_order(config, samples)
+        began_with = extra.get("samples_per_epoch", order.num_samples)
+        if order.num_samples != began_with:
+            raise ValueError(
+                f"--data.path is {config.data.path}, which gives {order.num_samples} samples; the run in "
+                f"{config.run_dir} began with {began_with} and needs the same to go on"
+            )
         total_steps = config.max_steps or config.epochs * order.steps_per_epoch
-        plan = make_plan(config, order, first_step, total_steps, world)
+        run_dir = Path(config.run_dir)
         dropped = DroppedSamples(
-            Path(config.run_dir),
-            first_step=first_step,
+            run_dir,
+            lines=extra.get("dropped", []),
             total=order.samples_until(total_steps),
             max_rate=config.data.max_drop_rate,
-            world=world,
         )
-        steps = read_steps(config, samples, plan, order, first_step, dropped, world)
+        steps = read_steps(config, samples, order, first_step, total_steps, dropped, world)
         with alone():
-            first = list(itertools.islice(steps, 1))
+            # The wait for it is over before its step begins.
+            first = [dataclasses.replace(step, data_seconds=0.0) for step in itertools.islice(steps, 1)]
 
-        model = make_model(config, model_config, weights, world)
+        model, weights = make_model(config, model_config, weights, world)
         optimizer = optim.make_optimizer(model.named_parameters(), config.optim)
-        if first_step:
-            checkpointing.load(config, first_step, model, optimizer)
+        if saved:
+            checkpoints.load(saved, model, optimizer)
         with ExitStack() as held:
             if world.rank == 0:
-                held.enter_context(checkpointing.create_run(config, stage))
-            world.add(0)
-            metrics = Metrics(
-                Path(config.run_dir), first_step=first_step, total_steps=total_steps, enabled=world.rank == 0
-            )
-            held.enter_context(metrics)
-            if world.rank == 0:
+                held.enter_context(run_folder.create_run(config, stage))
+                if (run_dir / "model").exists() or checkpoints.steps_saved(config) != newest:
+                    raise ValueError(f"--run-dir is {run_dir}, in which another run was at work; start this one again")
                 dropped.start()
+            world.add(0)
+            guard = Guard(config.guard, run_dir, world, first_step=first_step, state=extra.get("guard"))
+            metrics = Metrics(config, first_step=first_step, total_steps=total_steps, world=world)
+            held.enter_context(metrics)
+            saves = held.enter_context(Checkpoints(config, model, optimizer, world, after=saved))
             numbered = enumerate(itertools.chain(first, steps), first_step)
-            with alone():
-                run_steps(config, model, optimizer, numbered, total_steps, order.steps_per_epoch, metrics, world)
-            checkpointing.export(config, model, weights, processor, world)
+            with alone(), Stop() as stop:
+                run = Run(config, world, model, optimizer, order, total_steps, guard, stop, metrics, saves, dropped)
+                run_steps(run, numbered)
+                saves.wait()
+                if any(world.add(stop.requested)):  # since the last step's numbers were added up
+                    say(world, f"stopped by SIGTERM after the last step; the same command writes {run_dir}/model")
+                    raise Terminated
+            run_folder.export(config, model, weights, processor, world)
         say(world, f"model written to {config.run_dir}/model")
 
 
@@ -109,109 +149,117 @@ def alone() -> Iterator[None]:
     """Where a ValueError is one process's own: the others do not say it, so it is no message for all of them."""
     try:
         yield
-    except BadSampleError:
+    except (BadSampleError, SaveError):
         raise
     except ValueError as error:
         raise RuntimeError("a training step failed") from error
 
 
-def run_steps(
-    config: TrainConfig,
-    model: AlignGPTForConditionalGeneration,
-    optimizer: torch.optim.Optimizer,
-    steps: Iterable[tuple[int, Step]],
-    total_steps: int,
-    steps_per_epoch: int,
-    metrics: Metrics,
-    world: World,
-) -> None:
+def run_steps(run: Run, steps: Iterable[tuple[int, Step]]) -> None:
     """The loop. Steps are numbered from 0 here and from 1 where people read them."""
+    config, world, model, optimizer = run.config, run.world, run.model, run.optimizer
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    autocast = config.precision == "bf16" and config.optim.kind == "apex"  # FSDP2 casts what it has cut up
+    flops = count_flops(model)
     started = time.perf_counter()
     for number, step in steps:
         seed_step(config.seed, number, world.rank)
-        optim.set_rate(optimizer, optim.rate(number, total_steps, config.optim.warmup_ratio))
+        optim.set_rate(optimizer, optim.rate(number, run.total_steps, config.optim.warmup_ratio))
 
         # FSDP averages gradients over the processes; dividing by a process's mean count makes that the global sum.
         supervised_per_process = max(step.supervised_tokens, 1) / world.size
-        loss = torch.zeros((), device=world.device)
-        for batch in step.batches:
-            inputs = batch.to(world.device).model_inputs()
-            micro_loss = model(**inputs, num_items_in_batch=supervised_per_process, use_cache=False).loss
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        grad_norm = clip_grad_norm_(trained, config.optim.clip_norm)
-        norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"step {number + 1}: the gradient's norm is {norm}; the weights were not changed")
-        optimizer.step()
+        sums = StepSums(model.config.num_align_levels, world.device)
+        for batch in (batch.to(world.device) for batch in step.batches):
+            sharding.before_micro_batch(model, config.sharding, last=batch.ids is step.batches[-1].ids)
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=autocast):
+                output = model(**batch.model_inputs(), num_items_in_batch=supervised_per_process, use_cache=False)
+            output.loss.backward()
+            sums.add(batch, output)
+        norm = sharding.whole(get_total_norm([parameter.grad for parameter in trained])).item()
+        means, norms, stops, failed = sums.reduce(world, norm, run.stop.requested, run.saves.failed())
+        norm = norms / world.size  # copies of the weights may sum theirs in other orders, and must clip alike
+        clip_grads_with_norm_(trained, config.optim.clip_norm, torch.tensor(norm, device=world.device))
+
+        run.saves.wait_staged()  # a save still reads the weights
+        ids = [id for batch in step.batches for id in batch.ids]
+        if run.guard.check(number + 1, means["loss"], norm, supervised_tokens=step.supervised_tokens, ids=ids):
+            optimizer.step()
         optimizer.zero_grad()
 
-        (loss_sum,) = world.add(loss.item())
-        now = time.perf_counter()
-        metrics.step(
+        seconds = time.perf_counter() - started
+        run.metrics.step(
             step=number + 1,
-            epoch=number // steps_per_epoch,
-            loss=loss_sum / world.size,
+            epoch=number // run.order.steps_per_epoch,
+            **means,
             lr=optimizer.param_groups[0]["lr"],
             grad_norm=norm,
             tokens=step.tokens,
             supervised_tokens=step.supervised_tokens,
-            tokens_per_second=step.tokens / (now - started),
-            seconds=now - started,
+            seconds=seconds,
+            flops=flops.of(tokens=step.tokens, supervised_tokens=step.supervised_tokens, images=step.images),
             data_seconds=step.data_seconds,
             dropped_samples=step.dropped_samples,
+            skipped_steps=run.guard.seen.skipped,
+            micro_batches=len(step.batches),
             peak_memory_bytes=peak_memory_bytes(world.device),
         )
-        if (number + 1) % config.save_every == 0 or number + 1 == total_steps:
-            checkpointing.save(config, number + 1, model, optimizer, world)
+        run.stop.must_fit(seconds, run.saves.seconds)
+        if failed:
+            run.saves.wait()  # raises
         started = time.perf_counter()
-
-
-def make_plan(config: TrainConfig, order: Order, first_step: int, total_steps: int, world: World) -> list[list[Part]]:
-    """This process's parts of each step that is left, one for each micro-batch."""
-    plan = []
-    for step, batch in enumerate(order.steps(first_step, total_steps), first_step):
-        lists = share(batch, rank=world.rank, world_size=world.size, per_device=config.per_device_batch_size)
-        plan.append([Part(step // order.steps_per_epoch, indices) for indices in lists])
-    return plan
+        if stops or (number + 1) % config.save_every == 0 or number + 1 == run.total_steps:
+            taken = {"samples": run.order.samples_until(number + 1), "samples_per_epoch": run.order.num_samples}
+            run.saves.save(number + 1, taken | {"guard": run.guard.state(), "dropped": run.dropped.lines})
+        if stops:
+            run.saves.wait()
+            say(world, f"stopped by SIGTERM after step {number + 1}; the same command goes on from there")
+            raise Terminated
 
 
 def read_steps(
     config: TrainConfig,
     samples: Samples,
-    plan: list[list[Part]],
     order: Order,
     first_step: int,
+    total_steps: int,
     dropped: DroppedSamples,
     world: World,
 ) -> Iterator[Step]:
-    """The steps of a plan, in order, each counted over all processes.
+    """The steps that are left, in order, each counted over all processes.
 
     Raises:
-        BadSampleError: in every process, when too many samples cannot be used.
+        BadSampleError: in every process, when too many samples cannot be used, or not all read the same.
     """
-    parts = list(itertools.chain.from_iterable(plan))
+    parts = [
+        Part(step // order.steps_per_epoch, batch.tolist())
+        for step, batch in enumerate(order.steps(first_step, total_steps), first_step)
+    ]
     data = config.data
     loader = micro_batches(samples, parts, workers=data.workers, device=world.device, prefetch=data.prefetch)
-    for number, step_parts in enumerate(plan, first_step):
+    for number in range(first_step, total_steps):
         started = time.perf_counter()
-        loaded = list(itertools.islice(loader, len(step_parts)))
+        loaded = next(loader)
         data_seconds = time.perf_counter() - started
-        batches = [item.batch for item in loaded if item.batch is not None]
-        drops = list(itertools.chain.from_iterable(item.dropped for item in loaded))
-        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        batches = loaded.batches or []
+        tokens = sum(batch.num_tokens for batch in batches)
+        images = sum(len(batch.pixel_values) for batch in batches)
         supervised = sum(batch.num_supervised for batch in batches)
-        counts = world.add(tokens, supervised, len(drops), len(loaded) - len(batches))
-        tokens, supervised, num_drops, failed = map(int, counts)
+        checks = loaded.checksum, loaded.checksum**2
+        counts = world.add(tokens, images, supervised, len(loaded.dropped), loaded.batches is None, *checks)
+        tokens, images, supervised, num_drops, failed, checksums, squares = map(int, counts)
+        if world.size * squares != checksums**2:  # they are equal where all checksums are, and in every process
+            raise BadSampleError(
+                f"step {number + 1}: the processes do not read the same samples; {samples.records.path} needs to be "
+                "the same, and readable, for all of them"
+            )
         if num_drops:
-            drops = list(itertools.chain.from_iterable(world.gather(drops)))
+            drops = list(itertools.chain.from_iterable(world.gather(loaded.dropped)))
             dropped.step(number, drops, taken=order.samples_until(number + 1))
         if failed:
             raise BadSampleError(
                 f"{samples.records.path}: {ATTEMPTS} samples in a row cannot be used. {dropped.reasons()}"
             )
-        yield Step(batches, tokens, supervised, dropped.count, data_seconds)
+        yield Step(batches, tokens, images, supervised, dropped.count, data_seconds)
 
 
 def with_decoder(config: TrainConfig, world: World) -> TrainConfig:
@@ -225,7 +273,7 @@ def with_decoder(config: TrainConfig, world: World) -> TrainConfig:
     missing = next((why for why in world.gather(why_not_dali()) if why), None)
     decoder, asked = config.data.decoder, f"--data.decoder is {config.data.decoder!r}"
     if decoder == "auto" and (Path(config.run_dir) / "config.json").is_file():
-        decoder = checkpointing.recorded(Path(config.run_dir))["data.decoder"]
+        decoder = run_folder.recorded(Path(config.run_dir)).get("data.decoder", decoder)
         asked += f" and the run in {config.run_dir} began with {decoder!r}"
     if decoder == "dali" and missing:
         raise ValueError(f"{asked}; it needs DALI in every process: {missing}")
@@ -233,6 +281,13 @@ def with_decoder(config: TrainConfig, world: World) -> TrainConfig:
         decoder = "pil" if missing else "dali"
         logger.info("images are decoded by %s", f"PIL: {missing}" if missing else f"DALI on {world.device}")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, decoder=decoder))
+
+
+def check_packing(config: TrainConfig, model_config: AlignGPTConfig) -> None:
+    """ValueError: sequences are to be packed, and the LLM's attention cannot do that."""
+    reason = attention.why_not_packed(model_config.text_config, config.data.max_length)
+    if config.data.packing and reason:
+        raise ValueError(f"--data.packing is on; it needs another LLM, since {reason}; --data.no-packing pads")
 
 
 def make_processor(config: TrainConfig, model_config: AlignGPTConfig) -> AlignGPTProcessor:
@@ -255,7 +310,9 @@ def make_processor(config: TrainConfig, model_config: AlignGPTConfig) -> AlignGP
         raise ValueError(f"{model.init or model.llm} gives no tokenizer or processor: {error}") from error
 
 
-def read_samples(config: TrainConfig, model_config: AlignGPTConfig, processor: AlignGPTProcessor) -> Samples:
+def read_samples(
+    config: TrainConfig, model_config: AlignGPTConfig, processor: AlignGPTProcessor, *, rank: int, num_processes: int
+) -> Samples:
     """The records of `--data.path`, and which of them have which level; without those that a levels file sets aside."""
     data = config.data
     records = open_records(data.path, data.image_folder or None)
@@ -285,6 +342,7 @@ def read_samples(config: TrainConfig, model_config: AlignGPTConfig, processor: A
         levels=levels,
         num_levels=num_levels,
         seed=config.seed,
+        cut=Cut(rank, num_processes, config.token_budget if data.packing else None, config.per_device_batch_size),
         decode_by_dali=data.decoder == "dali",
         hardware_decoder=data.hardware_decoder,
     )
@@ -309,30 +367,36 @@ def levels_from_file(records: Records, path: str, num_levels: int) -> tuple[np.n
 
 def make_order(config: TrainConfig, samples: Samples) -> Order:
     """In which order the run's samples come."""
+    order = Order(len(samples), config.global_batch_size, config.seed, config.data.order)
+    if order.kind == "shuffle":  # has no use for the rest, which takes seconds for long data sets
+        return order
     records, kept = samples.records, samples.kept
-    return Order(
-        len(samples),
-        config.global_batch_size,
-        config.seed,
-        config.data.order,
-        lengths=estimated_lengths(records, samples.processor.rows_per_image)[kept],
-        has_image=(records.num_images > 0)[kept],
-    )
+    lengths = estimated_lengths(records, samples.processor.rows_per_image)[kept]
+    return dataclasses.replace(order, lengths=lengths, has_image=(records.num_images > 0)[kept])
 
 
 def make_model(
     config: TrainConfig, model_config: AlignGPTConfig, weights: dict[str, sharding.Stored], world: World
-) -> AlignGPTForConditionalGeneration:
-    """The model on this process's device: cut up, filled, frozen where the run does not train it."""
-    compute_dtype = checkpointing.DTYPES[config.precision]
+) -> tuple[AlignGPTForConditionalGeneration, dict[str, sharding.Stored]]:
+    """The model on this process's device: cut up, filled, frozen where the run does not train it.
+
+    With it its starting weights by the names it has, which adapters change.
+    """
+    sharded = config.optim.kind != "apex"
+    # Autocast wants all weights in fp32: ops that take trained and frozen ones together need them of one type.
+    compute_dtype = run_folder.DTYPES[config.precision] if sharded else torch.float32
     model = sharding.build(model_config)
+    if config.data.packing:
+        model.model.language_model.set_attn_implementation(attention.NAME)
     sharding.freeze(model, config.model.train)
-    if config.gradient_checkpointing:
-        sharding.recompute_layers(model)
-    sharding.shard(model, world.mesh, compute_dtype=compute_dtype)
+    if config.lora.rank:
+        weights = lora.add(model, weights, config.lora, seed=config.seed)
+    if sharded:
+        sharding.shard(model, world.mesh, config.sharding, compute_dtype=compute_dtype)
     source = config.model.init or f"{config.model.llm} with {config.model.vision}"
-    sharding.fill(model, weights, world, compute_dtype=compute_dtype, source=source)
-    return model
+    sharding.fill(model, weights, world, compute_dtype=compute_dtype, source=source, offload=config.sharding.offload)
+    sharding.prepare_layers(model, config.sharding)
+    return model, weights
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -343,4 +407,5 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def say(world: World, message: str) -> None:
     """Print once for the whole run."""
     if world.rank == 0:
-        print(message, flush=True)
+        with tqdm.external_write_mode():
+            print(message, flush=True)

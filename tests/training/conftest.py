@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
@@ -21,6 +22,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+
+from training.config import Stage, read_command_line
+from training.loop import train
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "tests/data/oracle"
@@ -101,6 +105,21 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     return Parts(
         {name: root / name for name in llms}, root / "vision", images, root / "captions.json", root / "chats.json"
     )
+
+
+@pytest.fixture(scope="session")
+def train_here() -> Callable[..., Finished]:
+    """`train_here(stage, run_dir, *flags)` is `launch` without a process of its own: a world of one."""
+
+    def run(stage: Stage, run_dir: Path, *flags: object, preset: str = "tiny") -> Finished:
+        try:
+            train(read_command_line(stage, [preset, "--run-dir", str(run_dir), *map(str, flags)]), stage)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        return Finished(0, "", run_dir)
+
+    return run
 
 
 @pytest.fixture(scope="session")

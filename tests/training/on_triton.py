@@ -21,4 +21,5 @@ if __name__ == "__main__":
     try:
         run(sys.argv.pop(1))
     finally:
-        print("on Triton:", *sorted(ran))
+        sys.stdout.write(f"on Triton: {' '.join(sorted(ran))}\n")  # at once: other processes write too
+        sys.stdout.flush()

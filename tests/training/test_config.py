@@ -19,7 +19,7 @@ from training.config import (
     flat,
     read_command_line,
     to_json,
-    unknown_flags,
+    unknown_names,
     with_absolute_paths,
 )
 
@@ -38,15 +38,15 @@ def test_presets_hold_the_papers_hyper_parameters() -> None:
         "record",
         "shuffle",
         "none",
-        "grouped",
+        "shuffle",
     )
     for preset in (one, two):
-        assert (preset.epochs, preset.precision, preset.gradient_checkpointing) == (1, "bf16", True)
+        assert (preset.epochs, preset.precision, preset.sharding.activation_checkpointing) == (1, "bf16", "full")
         assert (preset.optim.betas, preset.optim.eps, preset.optim.weight_decay) == ((0.9, 0.999), 1e-8, 0.0)
         assert (preset.optim.clip_norm, preset.optim.warmup_ratio, preset.data.max_length) == (1.0, 0.03, 2048)
         assert preset.optim.projector_lr is None
     larger = PRESETS["aligngpt-13b"]("finetune")
-    assert dataclasses.replace(larger, per_device_batch_size=two.per_device_batch_size) == two
+    assert dataclasses.replace(larger, token_budget=16384, per_device_batch_size=16) == two
 
 
 def usable(parts: Any, tmp_path: Path) -> TrainConfig:
@@ -112,12 +112,19 @@ def test_an_unknown_flag_is_answered_with_the_nearest_name(
     assert nearest in said.replace(",", "").replace(";", "").split()
 
 
+def test_an_unknown_preset_is_answered_with_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        read_command_line("pretrain", ["tinny", "--run-dir", "x"])
+    assert stop.value.code == 2
+    assert "tinny is no preset; it needs to be one of aligngpt-7b, aligngpt-13b, tiny;" in capsys.readouterr().err
+
+
 def test_every_flag_that_help_lists_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         read_command_line("finetune", ["tiny", "--help"])
     flags = [flag.rstrip(".") for flag in re.findall(r"--[a-z][a-z.-]+", capsys.readouterr().out)]
     assert len(flags) > 35
-    assert unknown_flags([*flags, "--optim.clip_norm", "-1"], PRESETS["tiny"]("finetune")) is None
+    assert unknown_names([*flags, "--optim.clip_norm", "-1"], PRESETS["tiny"]("finetune")) is None
 
 
 def test_differences_leave_out_what_is_not_learned() -> None:

@@ -28,7 +28,7 @@ from aligngpt.text import Turn
 from training import dali_pipeline, loop
 from training.config import tiny
 from training.dali_pipeline import FILES_A_RUN, DaliPixels, Encoded, read, screen, why_not_dali
-from training.loader import Part, Samples, micro_batches
+from training.loader import Cut, Part, Samples, micro_batches
 
 if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
     pytest.skip("setup.py leaves DALI out on this platform", allow_module_level=True)
@@ -454,7 +454,8 @@ def make_samples(tokenizer: Any, tmp_path: Path) -> Callable[[bool], Samples]:
             AlignGPTImageProcessor(56), tokenizer, rows_per_image=16, align_token_id=320, image_token_id=321
         )
         data = RecordList(records, tmp_path)
-        return Samples(data, processor, levels=None, num_levels=8, seed=0, decode_by_dali=decode_by_dali)
+        cut = Cut(per_device=4)
+        return Samples(data, processor, levels=None, num_levels=8, seed=0, cut=cut, decode_by_dali=decode_by_dali)
 
     return make
 
@@ -466,9 +467,11 @@ def loaded(samples: Samples, parts: list[list[int]], workers: int, device: torch
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_those_of_pil(make_samples: Callable[[bool], Samples], workers: int) -> None:
-    parts = [[2, 0], [1], [], [3, 1], [0]]  # [1]: text alone; []: a dummy
-    ours, theirs = ([item.batch for item in loaded(make_samples(by_dali), parts, workers)] for by_dali in (True, False))
-    assert [len(batch.pixel_values) for batch in ours] == [3, 0, 0, 1, 2]
+    parts = [[2, 0], [1], [3, 1], [0]]  # [1]: text alone
+    ours, theirs = (
+        [item.batches[0] for item in loaded(make_samples(by_dali), parts, workers)] for by_dali in (True, False)
+    )
+    assert [len(batch.pixel_values) for batch in ours] == [3, 0, 1, 2]
     for one, other in zip(ours, theirs, strict=True):
         assert one.ids == other.ids
         assert torch.equal(one.input_ids, other.input_ids)
@@ -486,7 +489,7 @@ def test_fault_3_fault_6_dropped_wherever_it_is_found(make_samples: Callable[[bo
     assert ours[0].dropped[0][1].reason.startswith("c.png: can't be decoded")
     assert ours[1].dropped[0][1].reason.startswith("a.jpg: can't be decoded")
     for one, other in zip(ours, theirs, strict=True):
-        assert one.batch.ids == other.batch.ids
+        assert one.batches[0].ids == other.batches[0].ids
         assert one.dropped == other.dropped
 
 
@@ -499,12 +502,9 @@ def settled(decoder: str, *answers: str | None, run_dir: Path | None = None) -> 
     return loop.with_decoder(config, world).data.decoder
 
 
-@pytest.mark.parametrize(
-    ("began_with", "data"), [("pil", {"decoder": "pil"}), ("pil", {}), ("dali", {"decoder": "dali"})]
-)
-def test_auto_keeps_what_the_run_began_with(tmp_path: Path, began_with: str, data: dict[str, str]) -> None:
-    """{}: a run from before there was a choice."""
-    (tmp_path / "config.json").write_text(json.dumps({"config": {"data": data}}))
+@pytest.mark.parametrize("began_with", ["pil", "dali"])
+def test_auto_keeps_what_the_run_began_with(tmp_path: Path, began_with: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"data": {"decoder": began_with}}}))
     assert settled("auto", None, run_dir=tmp_path) == began_with
     if began_with == "dali":
         with pytest.raises(ValueError, match=r"'auto' and the run in .* began with 'dali'; it needs DALI .*: no DALI"):
@@ -581,8 +581,9 @@ def test_a_file_that_breaks_dali_on_a_gpu_hurts_no_other() -> None:
 def test_batches_on_a_gpu_carry_their_pixels_there(make_samples: Callable[[bool], Samples]) -> None:
     device = torch.device("cuda", 0)
     for item in loaded(make_samples(True), [[2, 0], [1], [3]], workers=1, device=device):
-        assert item.batch.pixel_values.device == device
-        assert item.batch.to(device).pixel_values is item.batch.pixel_values
+        (batch,) = item.batches
+        assert batch.pixel_values.device == device
+        assert batch.to(device).pixel_values is batch.pixel_values
 
 
 def test_screening_takes_nothing_that_is_not_a_picture() -> None:

@@ -1,6 +1,7 @@
 """The order of samples: every one once an epoch, a function of (seed, epoch), the same for any number of processes.
 What cannot be used is dropped and replaced, as much a function of the data; and how batches come from workers."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,7 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +29,11 @@ from aligngpt.data.records import open_records
 from aligngpt.drops import commonest
 from aligngpt.processor import AlignGPTImageProcessor, AlignGPTProcessor
 from training import loader
-from training.config import DataConfig
+from training.config import DataConfig, TrainConfig
 from training.dali_pipeline import why_not_dali
-from training.dropped import too_many
-from training.loader import ATTEMPTS, Order, Part, Samples, micro_batches, random_level, replacement, share
+from training.dropped import BadSampleError, DroppedSamples, too_many
+from training.loader import ATTEMPTS, Cut, Loaded, Order, Part, Samples, micro_batches, random_level, replacement
+from training.loop import read_steps
 
 ROOT = Path(__file__).parents[2]
 needs_dali = pytest.mark.skipif(why_not_dali() is not None, reason=str(why_not_dali()))
@@ -67,16 +72,6 @@ def test_grouped_batches_hold_one_kind_sorted_by_length() -> None:
     assert with_image != sorted(with_image, reverse=True)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_shares_are_the_batch_in_as_many_micro_batches_for_everybody(world_size: int) -> None:
-    for length in (1, 7, 8, 20):
-        batch = np.arange(length)
-        shares = [share(batch, rank=rank, world_size=world_size, per_device=2) for rank in range(world_size)]
-        assert len({len(parts) for parts in shares}) == 1
-        assert all(len(part) <= 2 for parts in shares for part in parts)
-        assert sorted(index for parts in shares for part in parts for index in part) == batch.tolist()
-
-
 def test_random_levels_are_fixed_and_even() -> None:
     levels = [random_level(0, record, 8) for record in range(4000)]
     assert levels == [random_level(0, record, 8) for record in range(4000)]
@@ -85,12 +80,14 @@ def test_random_levels_are_fixed_and_even() -> None:
     assert (abs(counts - 500) < 5 * np.sqrt(500)).all()
 
 
-def test_665k_samples_are_ordered_within_a_second() -> None:
-    import time
-
+def test_fault_59_a_run_of_665k_samples_is_entered_anywhere_within_a_second() -> None:
+    """All that is done for it before the first sample is read, in the middle of an epoch."""
     lengths, has_image = np.arange(665_000) % 997, np.arange(665_000) % 16 > 0
     started = time.perf_counter()
-    next(Order(665_000, 128, 0, "grouped", lengths=lengths, has_image=has_image).steps(3000, 3001))
+    for kind in ("shuffle", "grouped"):
+        order = Order(665_000, 128, 0, kind, lengths=lengths, has_image=has_image)  # type: ignore[arg-type]
+        parts = [Part(0, batch.tolist()) for batch in order.steps(2600, order.steps_per_epoch)]
+        assert len(parts[0].indices) == 128
     assert time.perf_counter() - started < 1
 
 
@@ -121,9 +118,15 @@ def make_samples(parts: Any, tmp_path: Path) -> Callable[..., Samples]:
             max_length=300,
         )
         settings: dict[str, Any] = {"levels": None, "num_levels": 8, "seed": 3, "decode_by_dali": decode_by_dali}
+        settings["cut"] = Cut(per_device=12)
         return Samples(open_records(path, images), processor, **settings | changed)
 
     return make
+
+
+def ids_of(loaded: Loaded) -> list[str]:
+    assert loaded.batches is not None
+    return [id for batch in loaded.batches for id in batch.ids]
 
 
 @pytest.mark.parametrize("decode_by_dali", [False, pytest.param(True, marks=needs_dali)])
@@ -133,7 +136,7 @@ def test_fault_1_3_5_13_25_26_what_cannot_be_used_is_dropped_and_replaced(
 ) -> None:
     """Each bad sample is named with its reason; its stand-in is the one that (seed, epoch, index, attempt) gives."""
     samples = make_samples(decode_by_dali)
-    plan = [Part(epoch, indices) for epoch in (0, 1) for indices in ([0, 3, 4], [5, 6, 7], [], [8, 1, 11])]
+    plan = [Part(epoch, indices) for epoch in (0, 1) for indices in ([0, 3, 4], [5, 6, 7], [8, 1, 11])]
     found = list(micro_batches(samples, plan, workers=workers, device=torch.device("cpu"), prefetch=2))
 
     reasons = {
@@ -142,7 +145,7 @@ def test_fault_1_3_5_13_25_26_what_cannot_be_used_is_dropped_and_replaced(
         5: "5.png: not an image (it is empty)",
         6: "6.png: not an image (it begins with b'<html>",
         7: "the conversation is empty",
-        8: "nothing of its answers is within max_length, 300 tokens",
+        8: "nothing of its answers is within max_length, ",  # or the length of the place it is to take
     }
     for part, loaded in zip(plan, found, strict=True):
         ids, dropped = [], []
@@ -151,15 +154,14 @@ def test_fault_1_3_5_13_25_26_what_cannot_be_used_is_dropped_and_replaced(
             used = next(taken for taken in attempts if taken not in reasons)
             dropped += attempts[: attempts.index(used)]
             ids.append(f"s{used}")
-        assert loaded.batch is not None
-        assert loaded.batch.ids == (ids or ["dummy"])
+        assert ids_of(loaded) == ids
         assert [drop.record for _, drop in loaded.dropped] == dropped
         assert sum(attempt == 0 for attempt, _ in loaded.dropped) == sum(index in reasons for index in part.indices)
         for _, drop in loaded.dropped:
             assert drop.id == f"s{drop.record}"
             assert drop.reason.startswith(reasons[drop.record])
             assert ".png" not in drop.kind
-    assert [loaded.batch.ids for loaded in found[:4]] != [loaded.batch.ids for loaded in found[4:]]  # epochs differ
+    assert [ids_of(loaded) for loaded in found[:3]] != [ids_of(loaded) for loaded in found[3:]]  # epochs differ
     assert {drop.record for loaded in found for _, drop in loaded.dropped} == set(reasons)
 
 
@@ -173,12 +175,102 @@ def test_fault_6_a_picture_that_only_decoding_finds_bad_is_replaced_too(make_sam
         data[start + 2 : start + 40] = bytes(38)
         file.write_bytes(data)
         (loaded,) = micro_batches(samples, [Part(0, [0, 1, 2, 1])], workers=0, device=torch.device("cpu"), prefetch=1)
-        assert loaded.batch is not None
+        assert loaded.batches is not None
         assert [attempt for attempt, drop in loaded.dropped if drop.record == 1] == [0, 0]
-        assert loaded.batch.ids[0::2] == ["s0", "s2"]
-        assert "s1" not in loaded.batch.ids
-        images = sum(id != "s11" for id in loaded.batch.ids)  # that one is text alone
-        assert loaded.batch.pixel_values.shape == (images, 3, 28, 28)
+        assert ids_of(loaded)[0::2] == ["s0", "s2"]
+        assert "s1" not in ids_of(loaded)
+        images = sum(id != "s11" for id in ids_of(loaded))  # that one is text alone
+        assert loaded.batches[0].pixel_values.shape == (images, 3, 28, 28)
+
+
+def packed_by(samples: Samples, part: Part, num_processes: int, budget: int) -> list[Loaded]:
+    """What each process makes of a global batch."""
+    found = []
+    for rank in range(num_processes):
+        samples.cut = Cut(rank, num_processes, token_budget=budget)
+        found += micro_batches(samples, [part], workers=0, device=torch.device("cpu"), prefetch=1)
+    return found
+
+
+def test_processes_pack_the_same_batch_and_each_drop_is_told_once(make_samples: Callable[..., Samples]) -> None:
+    """Any number of them, without a word between them; padded batches hold the same samples with the same tokens."""
+    part = Part(0, [11, 0, 3, 4, 1, 5, 2, 6, 7, 10, 8])
+    samples = make_samples()
+    (padded,) = micro_batches(samples, [part], workers=0, device=torch.device("cpu"), prefetch=1)
+    assert padded.batches is not None
+    (rows,) = padded.batches
+    assert rows.attention_mask is not None
+    wanted = sorted(ids[mask.bool()].tolist() for ids, mask in zip(rows.input_ids, rows.attention_mask, strict=True))
+    for num_processes, budget in ((1, 3000), (1, 300), (2, 400), (3, 300), (13, 300)):
+        found = packed_by(samples, part, num_processes, budget)
+        assert len({len(loaded.batches or []) for loaded in found}) == 1
+        assert len({loaded.checksum for loaded in found}) == 1
+        assert sorted(id for loaded in found for id in ids_of(loaded)) == sorted(rows.ids)
+        assert sorted(map(str, padded.dropped)) == sorted(str(drop) for loaded in found for drop in loaded.dropped)
+        tokens = []
+        for batch in (batch for loaded in found for batch in loaded.batches or []):
+            assert batch.cu_seqlens is not None
+            ends = batch.cu_seqlens.tolist()
+            assert ends[-1] == batch.input_ids.numel() <= budget
+            assert batch.num_tokens == (ends[-1] if batch.ids else 0)
+            for _, start, end in zip(batch.ids, ends, ends[1:], strict=False):
+                tokens.append(batch.input_ids[0, start:end].tolist())
+        assert sorted(tokens) == wanted
+    assert num_processes > len(part.indices)
+    assert sum(ids_of(loaded) == [] for loaded in found) == 2  # those have a padding token to work at
+
+
+def test_processes_that_read_different_samples_stop_together(make_samples: Callable[..., Samples]) -> None:
+    """One cannot read a record's text that the others read; with bins of its own it would leave them waiting."""
+    meeting, values = threading.Barrier(3), {}
+
+    def add(rank: int, *mine: float) -> list[float]:
+        values[rank] = mine
+        meeting.wait(60)
+        total = [float(sum(numbers)) for numbers in zip(*(values[n] for n in range(3)), strict=True)]
+        meeting.wait(60)
+        return total
+
+    def tokens(rank: int, bad: int | None) -> int:
+        samples = make_samples(cut=Cut(rank, 3, token_budget=300), kept=np.array([0, 1, 2, 9, 10, 11]))
+        if rank == 1 and bad is not None:
+            samples.records.samples[bad] = dataclasses.replace(samples.records.samples[bad], problem="cannot be read")  # type: ignore[attr-defined]
+        order = Order(len(samples), 6, seed=3)
+        world: Any = SimpleNamespace(
+            size=3, device=torch.device("cpu"), add=partial(add, rank), gather=lambda value: [value]
+        )
+        dropped = DroppedSamples(Path("unused"), lines=[], total=6, max_rate=1.0)
+        (step,) = read_steps(TrainConfig(data=DataConfig(workers=0)), samples, order, 0, 1, dropped, world)
+        return step.tokens
+
+    with ThreadPoolExecutor(3) as pool:
+        assert len({future.result() for future in [pool.submit(tokens, rank, None) for rank in range(3)]}) == 1
+        for future in [pool.submit(tokens, rank, 9) for rank in range(3)]:
+            with pytest.raises(BadSampleError, match="step 1: the processes do not read the same samples"):
+                future.result()
+
+
+def test_what_stands_in_for_a_bad_image_is_no_longer_than_that_sample(make_samples: Callable[..., Samples]) -> None:
+    """The bins are made by then. What stands in for a bad text was known before, and is whole."""
+    samples = make_samples()
+    processor, records = samples.processor, samples.records
+    cut = []
+    for index in (3, 4, 5, 6):
+        room = len(processor.text(records[index]).input_ids)
+        taken = next(t for t in (replacement(3, 0, index, n, 12) for n in range(1, 10)) if t not in range(3, 9))
+        whole = processor.text(records[taken]).input_ids
+        (loaded,) = packed_by(samples, Part(0, [index]), 1, room)
+        assert loaded.batches is not None
+        assert loaded.batches[0].input_ids[0].tolist() == whole[:room].tolist()
+        cut.append(len(whole) > room)
+    assert any(cut)
+
+
+def test_a_place_that_no_sample_can_take_is_reported_by_one_process(make_samples: Callable[..., Samples]) -> None:
+    samples = make_samples(kept=np.array([7, 8]))  # their texts are bad
+    found = packed_by(samples, Part(0, [0, 1]), 2, 300)
+    assert all(loaded.batches is None for loaded in found)
+    assert sum(len(loaded.dropped) for loaded in found) == 2 * ATTEMPTS
 
 
 @pytest.mark.parametrize("decode_by_dali", [False, pytest.param(True, marks=needs_dali)])
@@ -196,7 +288,7 @@ def test_the_doctor_lists_what_training_drops(make_samples: Callable[..., Sample
 def test_a_place_that_no_sample_can_take_has_no_batch(make_samples: Callable[..., Samples]) -> None:
     samples = make_samples(kept=np.arange(3, 9))
     loaded = samples[Part(0, [2])]
-    assert loaded.batch is None
+    assert loaded.batches is None
     assert [attempt for attempt, _ in loaded.dropped] == list(range(ATTEMPTS))
     count = sum(drop.record == 5 for _, drop in loaded.dropped)
     (line,) = (line for line in commonest(drop for _, drop in loaded.dropped) if "it is empty" in line)

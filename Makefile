@@ -32,11 +32,15 @@ format: install
 	$(BIN)/ruff check --fix $(PATHS)
 	$(BIN)/ruff format $(PATHS)
 
+# Files of tests share the cores: JOBS processes, one thread each.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
 test: install
-	$(BIN)/python -m pytest tests -m "not slow and not gpu"
+	$(PYTEST) tests -m "not slow and not gpu"
 
 test-all: install
-	$(BIN)/python -m pytest tests -m "not gpu"
+	$(PYTEST) tests -m "not gpu"
 
 # Every row of the kernels' tile tables, compiled for chips that are not there, by the newest and the oldest Triton;
 # then the kernels' tests in the oldest one's interpreter.
@@ -56,6 +60,7 @@ test-compile: install .venv-triton/.installed
 RESULTS ?= benchmarks/results
 GPU_ENV := PYTHONPATH=kernels:.
 DALI_TESTS := tests/training/test_dali_pipeline.py
+ATTENTION_TESTS := tests/aligngpt/test_attention.py
 
 test-gpu:
 	@$(GPU_ENV) $(PYTHON) -m benchmarks.need_gpu "make test-gpu"
@@ -65,6 +70,7 @@ test-gpu:
 	@if $(PYTHON) -c "import nvidia.dali" 2>/dev/null; \
 	then $(GPU_ENV) timeout --kill-after=10 40 $(PYTHON) -m pytest $(DALI_TESTS) -m gpu; \
 	else echo "left out: $(DALI_TESTS), the package nvidia.dali is not installed"; fi
+	$(GPU_ENV) timeout --kill-after=10 60 $(PYTHON) -m pytest $(ATTENTION_TESTS) -m gpu
 
 bench: install
 	$(BIN)/python -m pytest benchmarks

@@ -32,7 +32,7 @@ from aligngpt.data.records import RecordList
 from aligngpt.processor import AlignGPTImageProcessor, AlignGPTProcessor
 from aligngpt.text import Turn
 from training.dali_pipeline import why_not_dali
-from training.loader import Part, Samples, micro_batches
+from training.loader import Cut, Part, Samples, micro_batches
 
 PHOTOS, BATCH, BATCHES, ROUNDS, SIZE = 32, 32, 32, 3, 336
 
@@ -83,7 +83,8 @@ def samples(paths: list[Path], image_processor: AlignGPTImageProcessor, by_dali:
     ]
     processor = AlignGPTProcessor(image_processor, tokenizer, template="plain")
     data = RecordList(records, paths[0].parent)
-    return Samples(data, processor, levels=None, num_levels=8, seed=0, decode_by_dali=by_dali)
+    cut = Cut(per_device=BATCH)
+    return Samples(data, processor, levels=None, num_levels=8, seed=0, cut=cut, decode_by_dali=by_dali)
 
 
 @pytest.mark.skipif(why_not_dali() is not None, reason=str(why_not_dali()))
@@ -105,8 +106,8 @@ def test_images_in_turns(benchmark, tmp_path: Path, aspect: str) -> None:
         data = samples(paths, processor, by_dali)
         workers = 1 if by_dali else 2
         for loaded in micro_batches(data, plan, workers=workers, device=device, prefetch=2):
-            assert loaded.batch is not None
-            yield loaded.batch.pixel_values.to(device)
+            assert loaded.batches is not None
+            yield loaded.batches[0].pixel_values.to(device)
 
     contenders: dict[str, Callable[[], Iterator[Tensor]]] = {
         "peer": by_peer,

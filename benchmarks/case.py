@@ -18,6 +18,7 @@ from aligngpt_kernels.dispatch import Impl
 from torch import Tensor
 
 from benchmarks.measure import (
+    MIN_ROUNDS,
     Ceilings,
     Outputs,
     Run,
@@ -49,6 +50,8 @@ class Contender(NamedTuple):
     prepare: Callable[[Any], Run]  # from the case's inputs, what is timed
     finish: Callable[[Any, Outputs], Outputs] | None = None  # to the results the others have; not timed
     gpu_only: bool = False  # it compiles for a minute on a CPU, or has no path there
+    # more to record, from what was timed, the inputs and the seconds of a call
+    details: Callable[[Any, Any, float], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class Case:
     memory: bool = False  # whether peak memory is measured as well
     input_bytes: int = 0  # of one copy of the inputs, where that may not fit
     absent: Mapping[str, str] = field(default_factory=dict)  # who can't take this case, and why
+    rounds: int = MIN_ROUNDS  # of timing, at least
+    trains: bool = False  # whether it runs aligngpt and training, not the kernels alone
+    one_copy: bool = False  # of the inputs, which are far larger than any cache
 
     def copies(self, device: torch.device) -> int:
         """So many copies of the inputs that what is read of them is four times the L2 cache.
@@ -75,7 +81,7 @@ class Case:
         Two at least, since the cache may hold the end of a large one, unless memory has room for only one.
         """
         cache = l2_bytes(device)
-        if cache == 0:
+        if cache == 0 or self.one_copy:
             return 1
         wanted = min(max(math.ceil(4 * cache / max(self.bytes, 1)), 2), MAX_COPIES)
         room = free_bytes(device) / (ROOM * max(self.input_bytes, 1))
@@ -194,15 +200,18 @@ def run_case(
         free(device)
     del exact, plain
 
-    for name, timing in take_turns(runs, device, seconds).items():
+    for name, timing in take_turns(runs, device, seconds, case.rounds).items():
         results[name] |= {
             "us": round(timing.seconds * 1e6, 3),
             "quartiles_us": [round(q * 1e6, 3) for q in timing.quartiles],
             "rounds": timing.rounds,
             "host_bound": round(timing.host_bound, 2),
         }
-        if top is not None:
+        if top is not None and case.bytes + case.flops:
             results[name]["share_of_ceiling"] = round(top.seconds(case.bytes, case.flops) / timing.seconds, 4)
+        details = case.contenders[name].details
+        if details is not None:
+            results[name] |= details(runs[name][0], inputs[0], timing.seconds)
     if case.host:
         for name, wall in wall_seconds(runs, device).items():
             results[name]["wall_us"] = round(wall * 1e6, 2)

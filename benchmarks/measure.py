@@ -79,11 +79,13 @@ class _Contender:
         return start.elapsed_time(end) / 1e3 / len(calls), late
 
 
-def take_turns(contenders: Mapping[str, Sequence[Run]], device: torch.device, seconds: float) -> dict[str, Timing]:
-    """Time all contenders in rounds of one sample each, for about `seconds` and at least MIN_ROUNDS rounds."""
+def take_turns(
+    contenders: Mapping[str, Sequence[Run]], device: torch.device, seconds: float, min_rounds: int = MIN_ROUNDS
+) -> dict[str, Timing]:
+    """Time all contenders in rounds of one sample each, for about `seconds` and at least so many rounds."""
     ready = {name: _Contender(calls, device) for name, calls in contenders.items()}
     started, turn, rounds = time.perf_counter(), 0, 0
-    while rounds < MIN_ROUNDS or (time.perf_counter() - started < seconds and rounds < MAX_ROUNDS):
+    while rounds < min_rounds or (time.perf_counter() - started < seconds and rounds < MAX_ROUNDS):
         for contender in ready.values():
             contender.sample(turn)
             turn += contender.queued

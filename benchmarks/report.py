@@ -3,13 +3,15 @@
 Every line takes the worst of its cases. A ratio is a contender's time divided by ours, so that more is better.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from benchmarks.results import is_current
 
 Record = Mapping[str, Any]  # of a case: "bytes", "group", "contenders": {name: result}, ...
 LARGE_CACHE = 250e6  # bytes, from which decoding is held to a share of the copy bandwidth
 PEERS_NOT = ("ours", "reference")
+NO_CHECKPOINTING = "checkpointing none"  # recomputation counts for nothing in MFU, so this is its best case
 
 
 class Missing(Exception):
@@ -124,6 +126,24 @@ LINES = [
         "loss V 32000: memory / that of full logits",
         group("loss V=32000"), lambda r: 1 / ratio("full logits", unit="peak_bytes")(r), 0.1, at_most=True,
     ),
+    *(
+        Line(
+            f"step at 7B shapes, {stage}{'' if part == NO_CHECKPOINTING else ', checkpointing ' + part}: MFU",
+            group(f"step at 7B shapes, {stage}", part), lambda r: result(r, "ours", "mfu"),
+            required if part == NO_CHECKPOINTING else None,
+        )
+        for stage, required in (("pretrain", 0.55), ("finetune", 0.50))
+        for part in (NO_CHECKPOINTING, "selective", "full")
+    ),
+    Line("step packed vs padded: useful tokens/s", group("step lengths"), ratio("ours, padded", "ours, packed"), 1.5),
+    Line(
+        "step packed vs padded and grouped: useful tokens/s",
+        group("step lengths"), ratio("ours, padded, grouped", "ours, packed"),
+    ),
+    *(
+        Line(f"step vs a plain loop, {stage}", group(f"step beside a plain loop, {stage}"), ratio("plain loop"))
+        for stage in ("pretrain", "finetune")
+    ),
 ]  # fmt: skip
 
 
@@ -164,7 +184,7 @@ def finished(results: Mapping[str, Any]) -> dict[str, Record]:
     return {
         name: record
         for name, record in results["cases"].items()
-        if record.get("finished") and record["code"] == results["code"]
+        if record.get("finished") and is_current(record, results)
     }
 
 
@@ -183,9 +203,10 @@ def summary(results: Mapping[str, Any]) -> str:
 
 def describe(name: str, record: Record) -> str:
     """A case: median GPU time, quartiles, share of the ceiling and error of each contender."""
-    lines = [f"{name} · {record['bytes'] / 1e6:.1f} MB, {record['flops'] / 1e9:.1f} GFLOP"]
+    work = f" · {record['bytes'] / 1e6:.1f} MB, {record['flops'] / 1e9:.1f} GFLOP" if record["bytes"] else ""
+    lines = [name + work]
     lines += [f"  {kind}: {record[kind]}" for kind in ("failed", "skipped") if kind in record]
-    if record.get("copies") == 1:
+    if record.get("copies") == 1 and record["bytes"]:
         lines.append("  memory had room for one copy of the inputs: parts of it may be read from the L2 cache")
     for contender, found in record["contenders"].items():
         if "us" not in found:
@@ -193,10 +214,28 @@ def describe(name: str, record: Record) -> str:
             continue
         low, high = found["quartiles_us"]
         said = f"  {contender:<32}{found['us']:>11.1f} µs ({low:.1f} to {high:.1f})"
-        said += f"{found.get('share_of_ceiling', math.nan):>8.1%} of the ceiling"
+        said += f"{found['share_of_ceiling']:>8.1%} of the ceiling" if "share_of_ceiling" in found else ""
         said += f", error {found['error_in_plain_errors']:g} of plain" if found["error_in_plain_errors"] else ""
         for unit, text in (("wall_us", "{:.1f} µs wall"), ("syncs", "{} syncs"), ("peak_bytes", "{:.3e} bytes peak")):
             said += f", {text.format(found[unit])}" if unit in found else ""
         said += f", host-bound {found['host_bound']:.0%}" if found["host_bound"] else ""
-        lines.append(said)
+        lines += [said, *_of_step(found, record)]
     return "\n".join(lines)
+
+
+def _of_step(found: Record, record: Record) -> list[str]:
+    """What a training step says of itself beside its time."""
+    lines = []
+    if "tokens_per_second" in found:
+        lines.append(f"    {found['tokens_per_second']:.0f} useful tokens/s")
+    if "mfu" in found:
+        reached, top = found["flops"] / (found["us"] * 1e-6), record["ceilings"]["flops_per_second"]
+        lines.append(
+            f"    MFU {found['mfu']:.1%}, {reached / top:.1%} of the ceiling; {found['layers']} layers, "
+            f"{found['tokens']} tokens, {found['images']} images; {found['peak_bytes'] / 1e9:.1f} GB at the peak, "
+            f"{found['planned_bytes'] / 1e9:.1f} planned"
+        )
+    if "stages_ms" in found:
+        total = sum(found["stages_ms"].values())
+        lines += [f"    {stage:<32}{ms:>9.1f} ms{ms / total:>7.1%}" for stage, ms in found["stages_ms"].items() if ms]
+    return lines

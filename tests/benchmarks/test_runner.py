@@ -526,6 +526,7 @@ def test_every_requirement_has_its_cases_and_contenders():
     """With a result for every contender of every case, each line has a value; no two cases share a name."""
     numbers = {"us": 2.0, "wall_us": 2.0, "syncs": 0, "peak_bytes": 2, "quartiles_us": [1.0, 3.0], "host_bound": 0}
     numbers["error_in_plain_errors"] = 0.5
+    numbers |= {"mfu": 0.5, "flops": 1e12, "layers": 2, "tokens": 100, "images": 1, "planned_bytes": 2}
     cases = all_cases()
     records = {
         case.name: {

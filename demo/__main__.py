@@ -35,6 +35,7 @@ from aligngpt.data.scenes import write_json, write_scenes
 ROOT = Path(__file__).parent.parent
 RIVALS = ("no token", "random levels", "top quarter")
 POLL_SECONDS = 0.2
+TOKEN_BUDGET = 8192  # a step's samples in one micro-batch
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class Demo:
         parts = ["--model.llm", str(self.folder / "llm"), "--model.vision", str(self.folder / "vision")]
         pairs = ["--data.path", str(self.pairs)]
         sizes = self.sizes
-        budget = (sizes.stage_1_batch, sizes.stage_1_batch, 3e-3, sizes.stage_1_steps)
+        budget = (sizes.stage_1_batch, 3e-3, sizes.stage_1_steps)
         jobs = []
         for name, options in (
             ("8 levels", [*pairs, "--data.levels", str(self.levels)]),
@@ -187,20 +188,20 @@ class Demo:
         self.side_by_side(jobs)
 
         say("stage 2: LLM, projector and gate learn from questions and answers")
-        init = ["--model.init", str(jobs[0].result), "--data.template", "chat", "--data.order", "shuffle"]
+        init = ["--model.init", str(jobs[0].result), "--data.template", "chat"]
         questions = ["--data.path", str(self.train_scenes / "questions.json")]
-        budget = (sizes.stage_2_batch, sizes.stage_2_batch // 2, 1e-3, sizes.stage_2_steps)
+        budget = (sizes.stage_2_batch, 1e-3, sizes.stage_2_steps)
         self.side_by_side([self.training("stage 2", "finetune", 2, budget, [*init, *questions])])
 
     def training(
-        self, name: str, script: str, processes: int, budget: tuple[int, int, float, int], options: list[str]
+        self, name: str, script: str, processes: int, budget: tuple[int, float, int], options: list[str]
     ) -> Job:
-        """A run of one of the entry points. budget: samples a step, samples a process takes at once, rate, steps."""
-        global_batch, per_device, lr, steps = budget
+        """A run of one of the entry points. budget: samples a step, rate, steps."""
+        global_batch, lr, steps = budget
         folder = self.run_folder(name)
         command = ["torchrun", "--standalone", "--nproc-per-node", str(processes), f"training/{script}.py", "tiny"]
         command += [*options, "--data.image-folder", str(self.train_scenes), "--optim.lr", str(lr)]
-        command += ["--global-batch-size", str(global_batch), "--per-device-batch-size", str(per_device)]
+        command += ["--global-batch-size", str(global_batch), "--token-budget", str(TOKEN_BUDGET)]
         command += ["--max-steps", str(steps), "--seed", str(self.seed), "--run-dir", str(folder)]
         return Job(name, tuple(command), folder / "model", folder / "metrics.jsonl", steps)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from aligngpt_kernels import InjectionPlan, injection_plan
+from aligngpt_kernels.dispatch import to_device
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -69,11 +70,20 @@ class Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "ids"}
         return {name: value for name, value in values.items() if value is not None}
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
+    def trainer_inputs(self) -> dict[str, Any]:
+        """`model_inputs` as transformers' Trainer moves them to a device: without the plan, which the model then makes.
+
+        Use it as `data_collator=lambda examples: processor.collate(examples).trainer_inputs()`.
+        """
+        return {name: value for name, value in self.model_inputs().items() if name != "plan"}
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device, without waiting for what runs there."""
+
         def move(value: Any) -> Any:
             if isinstance(value, InjectionPlan):
-                return InjectionPlan(*(move(item) for item in value))
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+                return value.to(device)
+            return to_device(value, device) if isinstance(value, Tensor) else value
 
         return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 

@@ -16,9 +16,10 @@ COMMANDS = {
     "levels": "cut scores into alignment levels for stage 1",
     "preview": "print a sample's tokens, coloured by what they are",
     "chat": "answer a question about pictures, or hold a conversation",
+    "convert": "move a model between AlignGPT's, the public code's and LLaVA's layout",
     "doctor": "explain this machine; with DATA, what training would drop of a data set and why",
 }
-_NEED_TRANSFORMERS = ("score", "preview", "chat")
+_NEED_TRANSFORMERS = ("score", "preview", "chat", "convert")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except ModuleNotFoundError as error:
         return _unusable(args.command, error)
+    except KeyboardInterrupt:
+        print(f"aligngpt {args.command}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"aligngpt {args.command}: {error}", file=sys.stderr)
         return 2

@@ -9,16 +9,20 @@ gate mixes it as `config.align_mode` says (stage 2 and inference). A batch says 
 
 The sequence is built by the fused ops of `aligngpt_kernels`, which read raw weights. Where a weight cannot be read raw
 (quantised, on meta, sharded on its own, wrapped by an adapter), the module is called instead, and that is logged once.
+Quantised on loading are the LLM's layers alone, unless the quantisation's config names others.
 
 A batch is padded, (B, L) with an attention mask, or packed: one row of T tokens, in which `cu_seqlens` says where each
-sequence begins; that needs the attention `aligngpt_varlen` in the LLM. Positions in (B·L) and (T,) are counted alike.
+sequence begins; that needs the attention `aligngpt_varlen` or `aligngpt_decode` in the LLM. Positions in (B·L) and (T,)
+are counted alike.
 """
 
 import copy
 import functools
+import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +42,7 @@ from aligngpt_kernels.dispatch import keep_in_graph
 from aligngpt_kernels.gate import mix_levels, sample_dots
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -51,12 +55,15 @@ from transformers import initialization as init
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaMultiModalProjector
 from transformers.utils import can_return_tuple
 
-from . import attention
+from . import attention, decoding
 from .batch import positions
-from .checkpoint import check_names, read_config, set_align_sizes, stored_weights
+from .checkpoint import check_names, check_shapes, read_config, refuse_code, set_align_sizes, stored_weights
 from .config import AlignGPTConfig, is_public, known_fields
 
 logger = logging.getLogger(__name__)
+
+# What a quantisation leaves alone by default: little beside an LLM, and the answer hangs on it.
+_NOT_QUANTISED = ("model.vision_tower", "model.multi_modal_projector", "model.align_gate", "lm_head")
 
 
 @dataclass
@@ -127,6 +134,13 @@ class AlignGPTModel(_AlignInit, LlavaModel):
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Patch features (M, P, C) of images (M, 3, height, width): the tower's chosen hidden states, CLS dropped."""
         config = self.config
+        if self.training:
+            trained = next((name for name, p in self.vision_tower.named_parameters() if p.requires_grad), None)
+            if trained is not None:
+                raise ValueError(
+                    f"vision_tower.{trained} is to be trained; the tower is frozen and gives no gradient: freeze it, "
+                    'or leave it out of an adapter (peft: exclude_modules=r".*vision_tower.*")'
+                )
         layers = config.vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers
         tower_dtype = next(self.vision_tower.parameters()).dtype
@@ -173,36 +187,65 @@ class AlignGPTModel(_AlignInit, LlavaModel):
         config = self.config
         if pixel_values is None:
             size = config.vision_config.image_size
-            pixel_values = self.align_table.new_zeros(0, 3, size, size)
+            pixel_values = self.align_table.new_zeros(0, 3, size, size, device=input_ids.device)
         if plan is None:
             plan = self._plan(input_ids, pixel_values.shape[0], align_levels, cu_seqlens)
-        image_rows = self.project(self.image_features(pixel_values)).to(self.align_table.dtype)
+        image_rows = self.project(self.image_features(pixel_values)).to(input_ids.device, self.align_table.dtype)
 
         # Under autocast only tower and projector take part: what follows sums in fp32 by itself.
-        with torch.autocast(input_ids.device.type, enabled=False):
-            embedding = self.get_input_embeddings()
-            if _raw(embedding):
-                ids, table = input_ids, embedding.weight
-                scale = _rounded(float(getattr(embedding, "scalar_embed_scale", 1.0)), table.dtype)
-            else:  # the module embeds every token; row t of what it returns is then "the table's" row of token t
-                text_ids = torch.where(plan.source.view(input_ids.shape) == -1, input_ids, 0)
-                ids = torch.arange(input_ids.numel(), device=input_ids.device).view(input_ids.shape)
-                table, scale = embedding(text_ids).flatten(0, 1), 1.0
-
+        with _weights_here(self), torch.autocast(input_ids.device.type, enabled=False):
+            ids, table, scale = self._word_rows(input_ids, plan)
             weights = None
             if config.align_mode == "none":
                 align_rows = table.new_zeros(plan.align_place.shape[0], table.shape[1])
             elif align_levels is not None:
                 align_rows = self._level_rows(align_levels, plan)
             else:
-                if gate_mask is None and cu_seqlens is not None:
-                    gate_mask = _all_text(_places(cu_seqlens, input_ids), plan)
-                elif gate_mask is None and attention_mask is not None:
-                    gate_mask = _all_text(attention_mask.long().cumsum(-1) * attention_mask - 1, plan)
+                gate_mask = _gate_mask(gate_mask, attention_mask, cu_seqlens, plan, input_ids)
                 mean = text_mean(ids, table, gate_mask, plan, embed_scale=scale)
                 align_rows, weights = self._gated_rows(image_rows, mean, plan)
             image_rows, align_rows = image_rows.to(table.dtype), align_rows.to(table.dtype)
             return inject(ids, table, image_rows, align_rows, plan=plan, embed_scale=scale), weights
+
+    @torch.no_grad()
+    def alignment(
+        self,
+        input_ids: Tensor,  # (B, L)
+        pixel_values: Tensor,  # (M, 3, height, width)
+        *,
+        attention_mask: Tensor | None = None,
+        gate_mask: Tensor | None = None,
+        plan: InjectionPlan | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the gate looks at and what it says, fp32: the dots (M, P) and its weights (S, N-1), without the LLM.
+
+        dots[m, p] = ⟨image row p of image m, text mean of the image's sample⟩. Arguments as `embed`'s.
+        """
+        if self.config.align_mode == "none":
+            raise ValueError("align_mode is 'none'; only a model with an alignment token compares words with pictures")
+        if plan is None:
+            plan = self._plan(input_ids, pixel_values.shape[0], None, cu_seqlens)
+        image_rows = self.project(self.image_features(pixel_values)).to(input_ids.device, self.align_table.dtype)
+        with _weights_here(self), torch.autocast(input_ids.device.type, enabled=False):
+            ids, table, scale = self._word_rows(input_ids, plan)
+            gate_mask = _gate_mask(gate_mask, attention_mask, cu_seqlens, plan, input_ids)
+            mean = text_mean(ids, table, gate_mask, plan, embed_scale=scale)
+            images = torch.arange(image_rows.shape[0], device=image_rows.device)
+            dots = sample_dots(image_rows, mean[plan.image_sample(self.config.image_seq_length)], images)
+            _, weights = self._gated_rows(image_rows, mean, plan)
+        return dots, weights
+
+    def _word_rows(self, input_ids: Tensor, plan: InjectionPlan) -> tuple[Tensor, Tensor, float]:
+        """Ids, the table whose rows they choose, and what rows are multiplied by, as the ops take them."""
+        embedding = self.get_input_embeddings()
+        if _raw(embedding):
+            table = embedding.weight
+            return input_ids, table, _rounded(float(getattr(embedding, "scalar_embed_scale", 1.0)), table.dtype)
+        # The module embeds every token; row t of what it returns is then "the table's" row of token t.
+        text_ids = torch.where(plan.source.view(input_ids.shape) == -1, input_ids, 0)
+        ids = torch.arange(input_ids.numel(), device=input_ids.device).view(input_ids.shape)
+        return ids, embedding(text_ids).flatten(0, 1).to(input_ids.device), 1.0
 
     def _level_rows(self, align_levels: Tensor, plan: InjectionPlan) -> Tensor:
         """Stage 1's look-up: the table's row of each sample's level. (S, D)"""
@@ -214,7 +257,7 @@ class AlignGPTModel(_AlignInit, LlavaModel):
             )
         if align_levels.device.type == "cpu" and bool(((align_levels < 0) | (align_levels >= num_levels)).any()):
             raise ValueError(f"align_levels is {align_levels.tolist()}; levels are 0 to {num_levels - 1}")
-        rows = F.embedding(align_levels, self.align_table)
+        rows = F.embedding(align_levels, self.align_table.to(align_levels.device))
         # A rank whose batch is text alone goes by the gate; a gate that trains must then get a gradient here too.
         return keep_in_graph(rows, *self.align_gate.parameters()) if self.training else rows
 
@@ -226,7 +269,8 @@ class AlignGPTModel(_AlignInit, LlavaModel):
         if _raw(gate.linear_1) and _raw(gate.linear_2):
             gate_weights = gate.linear_1.weight, gate.linear_1.bias, gate.linear_2.weight, gate.linear_2.bias
             return align_gate(image_rows, mean, *gate_weights, self.align_table, image_sample=image_sample, mode=mode)
-        return mix_levels(gate(sample_dots(image_rows, mean, image_sample)), self.align_table, mode)
+        weights = gate(sample_dots(image_rows, mean, image_sample)).to(mean.device)
+        return mix_levels(weights, self.align_table.to(mean.device), mode)
 
     def _plan(
         self, input_ids: Tensor, num_images: int, align_levels: Tensor | None, cu_seqlens: Tensor | None
@@ -268,10 +312,9 @@ class AlignGPTModel(_AlignInit, LlavaModel):
                 "one in each sample that has an image"
             )
         text_ids = input_ids.flatten()[plan.source == -1]
-        if bool((text_ids >= vocab_size).any()):
-            raise ValueError(
-                f"input_ids holds token {int(text_ids.max())}; the LLM's vocabulary is 0 to {vocab_size - 1}"
-            )
+        wrong = text_ids[(text_ids < 0) | (text_ids >= vocab_size)]
+        if len(wrong):
+            raise ValueError(f"input_ids holds token {int(wrong[0])}; the LLM's vocabulary is 0 to {vocab_size - 1}")
 
     def _check_packed(
         self,
@@ -287,10 +330,10 @@ class AlignGPTModel(_AlignInit, LlavaModel):
             if value is not None:
                 raise ValueError(f"{name} is given beside cu_seqlens; packed sequences need none, leave it out")
         used = self.language_model.config._attn_implementation
-        if used != attention.NAME:
+        if used not in (attention.NAME, decoding.NAME):
             raise ValueError(
-                f"cu_seqlens is given, and the LLM's attention is {used!r}; it needs {attention.NAME!r}: call "
-                f"model.model.language_model.set_attn_implementation({attention.NAME!r}) once"
+                f"cu_seqlens is given, and the LLM's attention is {used!r}; it needs {attention.NAME!r} or "
+                f"{decoding.NAME!r}: call model.model.language_model.set_attn_implementation({attention.NAME!r}) once"
             )
         if max_seqlen is None:
             raise ValueError("max_seqlen is missing beside cu_seqlens; it needs the longest sequence's length")
@@ -333,6 +376,13 @@ class AlignGPTModel(_AlignInit, LlavaModel):
             cu_seqlens = cu_seqlens.to(device=tokens.device, dtype=torch.int32)
             if position_ids is None:
                 position_ids = _places(cu_seqlens, tokens)
+        if pixel_values is not None and pixel_values.shape[0] and past_key_values is not None:
+            past = int(past_key_values.get_seq_length())
+            if past > 0:
+                raise ValueError(
+                    f"past_key_values holds {past} tokens in front of an image; the alignment token depends on the "
+                    "whole prompt: start anew, and use no prefix tuning"
+                )
         weights = None
         if inputs_embeds is None:
             assert input_ids is not None
@@ -365,6 +415,8 @@ class AlignGPTModel(_AlignInit, LlavaModel):
                 seq_lengths=seq_lengths,
                 backend=attention_backend,
             )
+            if self.language_model.config._attn_implementation == decoding.NAME:
+                attention_mask = decoding.no_mask(inputs_embeds.device)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -434,7 +486,10 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
                 local folder nor a known CLIP name.
         """
         folder = Path(pretrained_model_name_or_path)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _of_the_llm(kwargs["quantization_config"])
         if folder.is_dir():
+            refuse_code(folder)
             raw = read_config(folder)
             if raw.get("model_type") != cls.config_class.model_type:
                 raise ValueError(f"{folder} holds a model of type {raw.get('model_type')!r}; wanted an AlignGPT folder")
@@ -448,6 +503,7 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
         except SafetensorError as error:
             raise ValueError(f"{folder} holds a damaged file of weights: {error}") from error
         check_names(set(info["unexpected_keys"]), set(info["missing_keys"]), source=str(folder))
+        model.model.vision_tower.requires_grad_(False)  # loading makes every parameter anew
         return (model, info) if wants_info else model
 
     @classmethod
@@ -457,14 +513,16 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
         for name in known_fields():
             if name in kwargs:
                 setattr(config, name, kwargs.pop(name))
-        with torch.device("meta"):
-            wanted = cls(config).state_dict()
-        tied = ["lm_head.weight"] if config.tie_word_embeddings else []
-        check_names(stored, wanted, source=str(folder), tied=tied)
         set_align_sizes(config, stored)
+        wanted, tied = wanted_weights(config)
+        check_names(stored, wanted, source=str(folder), tied=tied)
+        check_shapes(stored, wanted, source=str(folder))
         kwargs["dtype"] = kwargs.pop("torch_dtype", None) or kwargs.get("dtype") or config.dtype
         weights = {name: tensor.read() for name, tensor in stored.items()}
-        return super().from_pretrained(None, config=config, state_dict=weights, **kwargs)
+        loaded = super().from_pretrained(None, config=config, state_dict=weights, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        model.model.vision_tower.requires_grad_(False)
+        return loaded
 
     @can_return_tuple
     def forward(
@@ -552,7 +610,8 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
         self, hidden: Tensor, labels: Tensor, rows: Tensor | None, num_items: Tensor | int | None
     ) -> tuple[Tensor, Tensor]:
         """Σ over supervised tokens of the negative log-likelihood, divided by their number; and each row's own."""
-        labels = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
+        labels = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1).to(hidden.device)
+        rows = None if rows is None else rows.to(hidden.device)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         if num_items is None:
             num_items = (labels != -100).sum().clamp(min=1)
@@ -566,6 +625,12 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
             each = F.cross_entropy(self.lm_head(hidden).float(), labels, reduction="none")
             total = each.sum()
         return total / num_items, each.detach()
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """What transformers' Trainer comes to when one process sees several GPUs."""
+        raise ValueError(
+            "DataParallel is asked for; it would part images from their prompts: start one process a GPU (torchrun)"
+        )
 
     # ---------------------------------------------------------------------------------------------- generation
 
@@ -588,6 +653,11 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
         if past is not None and past.get_seq_length() > 0:
             raise ValueError(
                 "past_key_values holds an earlier turn; the alignment token depends on the whole prompt, start anew"
+            )
+        if "prompt_embeds" not in inspect.signature(self.prepare_inputs_for_generation).parameters:
+            raise ValueError(
+                "prepare_inputs_for_generation was replaced, as peft's prompt and prefix tuning do; they put tokens in "
+                "front of the alignment token, which stands first: use LoRA or another adapter of layers"
             )
         if input_ids is None:
             return super().generate(**kwargs)
@@ -648,6 +718,15 @@ def saveable(generation_config: Any) -> Any:
     return config
 
 
+def wanted_weights(config: AlignGPTConfig) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of a model of this config, each once, by state-dict name, on the meta device; and the names that are
+    left out, each with the name of the weight that it is tied to."""
+    with torch.device("meta"):
+        model = AlignGPTForConditionalGeneration(config)
+    tied = dict(model._tied_weights_keys) if config.tie_word_embeddings else {}
+    return {name: weight for name, weight in model.state_dict().items() if name not in tied}, tied
+
+
 def fresh_align_weights(config: AlignGPTConfig, seed: int) -> dict[str, Tensor]:
     """New projector, gate and table, fp32 on the CPU, by state-dict name: a pure function of config and seed."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -664,8 +743,8 @@ def _raw(module: nn.Module) -> bool:
     """Whether an op may read `module.weight` itself: a plain floating-point weight, and nothing around the module."""
     weight = getattr(module, "weight", None)
     reason = None
-    if not isinstance(weight, Tensor) or isinstance(weight, DTensor):
-        reason = "its weight is not a plain tensor"
+    if not isinstance(weight, Tensor) or is_traceable_wrapper_subclass(weight):  # sharded, or quantised by torchao
+        reason = f"its weight is a {type(weight).__name__}"
     elif not weight.is_floating_point() or weight.is_meta:
         reason = f"its weight is {weight.dtype} on {weight.device}"
     elif type(module) not in (nn.Linear, nn.Embedding) and not hasattr(module, "scalar_embed_scale"):
@@ -677,9 +756,45 @@ def _raw(module: nn.Module) -> bool:
     return reason is None
 
 
+def _weights_here(module: nn.Module) -> AbstractContextManager[Any]:
+    """Where a module's own parameters may be used though its `forward` isn't called: accelerate may have put them away.
+
+    Those of its children come when the children are called.
+    """
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
+
+
+def _of_the_llm(quantization: Any) -> Any:
+    """A quantisation's config that leaves `_NOT_QUANTISED` alone where it names no modules to be left alone."""
+    quantization = copy.copy(quantization)
+    for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
+        if getattr(quantization, name, ()) is None:
+            setattr(quantization, name, list(_NOT_QUANTISED))
+    return quantization
+
+
 def _all_text(place: Tensor, plan: InjectionPlan) -> Tensor:
     """(B, L) bool: text but each sequence's first token (BOS). `place` is each token's place, negative at padding."""
     return (place > 0) & (plan.source.view(place.shape) == -1)
+
+
+def _gate_mask(
+    gate_mask: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    plan: InjectionPlan,
+    input_ids: Tensor,
+) -> Tensor | None:
+    """`gate_mask`, or all text where there is none; None where `text_mean` finds that out by itself."""
+    if gate_mask is None and cu_seqlens is not None:
+        return _all_text(_places(cu_seqlens, input_ids), plan)
+    if gate_mask is None and attention_mask is not None:
+        return _all_text(attention_mask.long().cumsum(-1) * attention_mask - 1, plan)
+    return gate_mask
 
 
 def _places(cu_seqlens: Tensor, tokens: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ image, so that every shape is known before the model runs, and it emits `gate_ma
 two ids lie outside the tokenizer; `decode` leaves them out.
 """
 
+import base64
+import binascii
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -17,8 +19,8 @@ from transformers import AutoTokenizer, BatchFeature, PretrainedConfig, PreTrain
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .batch import Example
-from .checkpoint import read_config
+from .batch import Batch, Example, collate
+from .checkpoint import read_config, refuse_code
 from .config import AlignGPTConfig, is_public
 from .data.llava_json import Sample
 from .data.records import Records
@@ -39,6 +41,17 @@ from .text import (
 ImageInput = Image.Image | np.ndarray | str | Path | bytes
 
 _FIELDS = ("template", "rows_per_image", "align_token_id", "image_token_id", "align", "gate_text", "max_length")
+# transformers' keywords, with the values that ask for what is done anyway.
+_DONE_ANYWAY: dict[str, tuple[Any, ...]] = {
+    "return_tensors": ("pt",),
+    "padding": (True, "longest"),
+    "truncation": (False, None),
+    "add_special_tokens": (True,),
+    "tools": (None,),
+    "documents": (None,),
+    "return_assistant_tokens_mask": (False,),
+    "sanitize_control_tokens": (True,),
+}
 _FROM_AUTO = ("trust_remote_code", "code_revision", "token", "force_download", "use_fast", "backend", "subfolder")
 
 
@@ -182,13 +195,14 @@ class AlignGPTProcessor(ProcessorMixin):
             vision_config: as in `AlignGPTForConditionalGeneration.from_pretrained`, for a public folder.
 
         Raises:
-            ValueError: it holds no AlignGPT processor, or a keyword is neither a field nor transformers' own.
+            ValueError: it holds no AlignGPT processor, or code, or a keyword is neither a field nor transformers' own.
         """
         folder = Path(pretrained_model_name_or_path)
+        refuse_code(folder)
         loading = {name: kwargs.pop(name) for name in ("cache_dir", "revision", "local_files_only") if name in kwargs}
         fields = {name: kwargs.pop(name) for name in _FIELDS if name in kwargs}
         unknown = [name for name in kwargs if name not in _FROM_AUTO and not name.startswith("_")]
-        if unknown:
+        if unknown and "_from_pipeline" not in kwargs:  # a pipeline passes on the keywords of its model, as dtype
             raise ValueError(f"{unknown[0]} is no field of {cls.__name__}; its fields are {', '.join(_FIELDS)}")
         if (folder / "config.json").is_file() and is_public(raw := read_config(folder)):
             config = AlignGPTConfig.from_dict(raw, vision_config=vision_config)
@@ -264,6 +278,13 @@ class AlignGPTProcessor(ProcessorMixin):
             raise ValueError(f"{sample.name}: {error}") from error
         return Example(id=sample.id, text=text, pixel_values=self.image_processor.normalised(pictures), level=level)
 
+    def collate(self, examples: Sequence[Example], *, packed: bool = False) -> Batch:
+        """`aligngpt.batch.collate` with this processor's tokens and sizes."""
+        size = self.image_processor.size
+        return collate(
+            examples, token_ids=self.token_ids, rows_per_image=self.rows_per_image, image_size=size, packed=packed
+        )
+
     def __call__(
         self,
         images: ImageInput | Sequence[ImageInput] | None = None,
@@ -274,7 +295,8 @@ class AlignGPTProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Rendered prompts, `<image>` standing for each picture in order, as the model's inputs.
 
-        Returns input_ids, attention_mask and gate_mask (B, L), and pixel_values (M, 3, size, size) if there are images.
+        `images` may also be a list for each prompt. Returns input_ids, attention_mask and gate_mask (B, L), and
+        pixel_values (M, 3, size, size) if there are images.
 
         Raises:
             ValueError: no text, or the marks in the texts do not match the images in number.
@@ -300,37 +322,54 @@ class AlignGPTProcessor(ProcessorMixin):
         conversation: Sequence[Any],
         chat_template: str | None = None,
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         tokenize: bool = False,
         return_dict: bool = True,
         padding_side: str = "left",
+        processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Messages in this model's template; with `tokenize` the model's inputs, pictures included.
 
         A message is {"role", "content"}; its content a string, or a list of {"type": "text", "text"} and
-        {"type": "image", "image": a PIL image, a path or bytes}. One conversation or a list of them.
+        {"type": "image", "image": a PIL image, an array, a path or bytes}. A picture may also stand under "path",
+        "url" (a path or a data: URL) or "base64", and as {"type": "image_url", "image_url": {"url"}}. Without
+        `tokenize` it may be missing: it is then given to `__call__` with the text. One conversation or a list of them.
+
+        Args:
+            add_generation_prompt: end where the assistant begins to speak; None: yes, unless the last message goes on.
+            continue_final_message: end with the last message's words, which the answer then continues.
         """
         if not conversation:
             raise ValueError("conversation is empty; it needs at least one message")
         conversations = [conversation] if isinstance(conversation[0], Mapping) else conversation
-        _refuse_unknown(kwargs, "apply_chat_template")
+        given = dict(processor_kwargs or {})
+        padding_side = given.pop("padding_side", padding_side)
+        _refuse_unknown(kwargs | given, "apply_chat_template")
         if chat_template is not None:
             raise ValueError("chat_template is given; the processor's template field says which one is used")
+        if not isinstance(continue_final_message, bool):
+            raise ValueError(f"continue_final_message is {continue_final_message!r}; it needs to be True or False")
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        if add_generation_prompt and continue_final_message:
+            raise ValueError("add_generation_prompt and continue_final_message are both given; it needs to be one")
         rendered, pictures, counts = [], [], []
         for number, messages in enumerate(conversations):
             name = f"conversation {number}"
             turns, found = _turns(messages, name)
-            rendered.append(
-                render(
-                    turns,
-                    self.template,
-                    tokenizer=self.tokenizer,
-                    add_generation_prompt=add_generation_prompt,
-                    has_images=bool(found),
-                    name=name,
-                )
+            parts = render(
+                turns,
+                self.template,
+                tokenizer=self.tokenizer,
+                add_generation_prompt=add_generation_prompt,
+                has_images=bool(found),
+                name=name,
             )
+            rendered.append(_open_ended(parts, turns[-1], name) if continue_final_message else parts)
+            if tokenize and any(picture is None for picture in found):
+                raise ValueError(f"{name} has an item of type 'image' without a picture; it needs one to be tokenized")
             pictures += found
             counts.append(len(found))
         if not tokenize:
@@ -343,14 +382,30 @@ class AlignGPTProcessor(ProcessorMixin):
         batch = self._prompt_batch(prompts, pictures, padding_side)
         return batch if return_dict else batch["input_ids"]
 
-    def decode(self, token_ids: Any, **kwargs: Any) -> str:
-        """The tokenizer's `decode`, without `<align>` and `<image>`."""
-        ids = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
+    def decode(self, token_ids: Any, **kwargs: Any) -> Any:
+        """The tokenizer's `decode`, without `<align>` and `<image>`: a text, or a list of them for rows of ids."""
+        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        ids = [ids] if isinstance(ids, int) else ids
+        if len(ids) and np.ndim(ids[0]):
+            return self.batch_decode(ids, **kwargs)
         ours = (self.align_token_id, self.image_token_id)
-        return self.tokenizer.decode([token for token in ids if token not in ours], **kwargs)
+        return self.tokenizer.decode([int(token) for token in ids if token not in ours], **kwargs)
 
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
         return [self.decode(sequence, **kwargs) for sequence in sequences]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Texts of rows of ids, a prompt's or `generate`'s, alike: what stands for `<image>` in the latter is left out.
+
+        It is padding, so all padding is. Pipelines call this, and find the prompt's text in front of the answer's.
+        """
+        rows = generated_outputs.tolist() if hasattr(generated_outputs, "tolist") else generated_outputs
+        pad = self.token_ids.pad
+        rows = rows if len(rows) == 0 or np.ndim(rows[0]) else [rows]
+        rows = [[int(token) for token in row if token != pad] for row in rows]
+        return [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in rows]
 
     @property
     def model_input_names(self) -> list[str]:
@@ -371,7 +426,10 @@ class AlignGPTProcessor(ProcessorMixin):
 
 
 def _listed(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
-    return list(images) if isinstance(images, list | tuple) else [images]  # type: ignore[list-item]
+    """Images in order; a list may hold a list for each prompt."""
+    if not isinstance(images, list | tuple):
+        return [images]  # type: ignore[list-item]
+    return [image for entry in images for image in (entry if isinstance(entry, list | tuple) else [entry])]
 
 
 def _raw_parts(prompt: str) -> list[Part]:
@@ -385,17 +443,25 @@ def _raw_parts(prompt: str) -> list[Part]:
     return parts
 
 
+def _open_ended(parts: list[Part], last: Turn, name: str) -> list[Part]:
+    """A rendered conversation without what closes its last message."""
+    if not last.text.strip():
+        raise ValueError(f"{name} ends with an empty message; continue_final_message needs words to go on from")
+    end = max(number for number, part in enumerate(parts) if part.literal or part.kind == "image")
+    return parts[: end + 1]
+
+
 def _refuse_unknown(kwargs: Mapping[str, Any], caller: str) -> None:
     """Of transformers' common keywords only those that ask for what is done anyway."""
     for name, value in kwargs.items():
-        if (name, value) not in (("return_tensors", "pt"), ("padding", True), ("continue_final_message", False)):
+        if value not in _DONE_ANYWAY.get(name, ()):
             raise ValueError(f"{caller} takes no {name}={value!r}; it returns padded PyTorch tensors, whole prompts")
 
 
-def _turns(messages: Sequence[Mapping[str, Any]], name: str) -> tuple[list[Turn], list[ImageInput]]:
-    """A conversation's turns, and its pictures in order. ValueError names conversation and message."""
+def _turns(messages: Sequence[Mapping[str, Any]], name: str) -> tuple[list[Turn], list[Any]]:
+    """A conversation's turns, and its pictures in order, None where one is missing. ValueError names the message."""
     turns: list[Turn] = []
-    pictures: list[ImageInput] = []
+    pictures: list[Any] = []
     spoken: list[str] = []  # texts of the messages; where there are pictures they may not hold a mark
     for number, message in enumerate(messages):
         where = f"{name}, message {number}"
@@ -411,8 +477,8 @@ def _turns(messages: Sequence[Mapping[str, Any]], name: str) -> tuple[list[Turn]
             if kind == "text" and isinstance(item.get("text"), str):
                 spoken.append(item["text"])
                 text += item["text"]
-            elif kind == "image" and ("image" in item or "path" in item):
-                pictures.append(item["image"] if "image" in item else item["path"])
+            elif kind in ("image", "image_url"):
+                pictures.append(_picture(item, where))
                 text += IMAGE_MARK + "\n"
             else:
                 raise ValueError(
@@ -425,11 +491,33 @@ def _turns(messages: Sequence[Mapping[str, Any]], name: str) -> tuple[list[Turn]
     return turns, pictures
 
 
+def _picture(item: Mapping[str, Any], where: str) -> Any:
+    """The picture of a message's item, None if it holds none."""
+    url = item.get("image_url")
+    forms = dict(item) if url is None else {"url": url.get("url") if isinstance(url, Mapping) else url}
+    given = [name for name in ("image", "path", "url", "base64") if forms.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{where} has an item with {' and '.join(given)}; an item needs to be one picture")
+    if not given:
+        return None
+    picture: Any = forms[given[0]]
+    return _from_base64(picture, where) if given == ["base64"] else picture
+
+
+def _from_base64(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise ValueError(f"{where}: a picture in base64 cannot be read: {error}") from error
+
+
 def _rgb(image: ImageInput) -> Image.Image:
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
         return image.convert("RGB")
+    if isinstance(image, str) and image.startswith("data:image/"):
+        image = _from_base64(image.partition(",")[2], image.partition(",")[0][:40])
     if isinstance(image, str) and "://" in image:
         raise ValueError(f"image {image!r} is a URL; it needs to be downloaded first")
     if isinstance(image, str | Path | bytes):

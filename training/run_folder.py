@@ -24,6 +24,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from aligngpt import __version__
+from aligngpt.card import write_card
 from aligngpt.checkpoint import write_weights
 from aligngpt.data.tables import sync_to_disk, whole_file
 from aligngpt.model import AlignGPTForConditionalGeneration
@@ -182,9 +184,11 @@ def _write_model(
         model.config.architectures = [AlignGPTForConditionalGeneration.__name__]
         model.config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        generation = Path(config.model.init or config.model.llm) / "generation_config.json"
-        if generation.is_file():
-            shutil.copy(generation, folder)
+        write_card(folder, model.config, processor, origin=f"Written by a training run of aligngpt {__version__}.")
+        for name in ("generation_config.json", "tokenizer.model"):
+            source = Path(config.model.init or config.model.llm) / name
+            if source.is_file():
+                shutil.copy(source, folder)
 
 
 def _export_adapters(config: TrainConfig, model: AlignGPTForConditionalGeneration, world: World) -> None:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ from torch.utils.checkpoint import (
 )
 from transformers import AutoConfig
 
-from aligngpt.checkpoint import check_names, read_config, set_align_sizes, stored_parts, stored_weights
+from aligngpt.checkpoint import Fresh, Stored, check_names, read_config, set_align_sizes, stored_parts, stored_weights
 from aligngpt.config import AlignGPTConfig, is_public
 from aligngpt.model import AlignGPTForConditionalGeneration, fresh_align_weights
 from training.config import ModelConfig, ShardingConfig, TrainedPart
@@ -76,36 +76,6 @@ KEPT_OPERATORS = frozenset(
         "flex_attention",
     )
 )
-
-
-class Stored(Protocol):
-    """A tensor that is read a slice of rows at a time: from a file (`StoredTensor`), or from memory (`Fresh`)."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Fresh:
-    """A newly drawn tensor, the same in every process."""
-
-    tensor: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.tensor[start:stop]
 
 
 # ---------------------------------------------------------------------------------------------------- processes

@@ -16,6 +16,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import (
@@ -55,6 +56,37 @@ def flash_decode_reference(
     weights = scores.softmax(-1).masked_fill(~visible, 0)
     values = v.to(dtype).masked_fill(~visible.transpose(2, 3), 0)  # unwritten cache may hold NaN, and 0 * NaN is NaN
     return (weights @ values).to(q.dtype).reshape(q.shape)
+
+
+def _decode_on_host(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None, scale: float | None
+) -> Tensor:
+    """The same on a CPU by PyTorch's attention, which reads no key that no row sees.
+
+    All rows go together, with a mask. Where something that is not finite came out, it may have come from behind the
+    mask, where a product with a weight of 0 is no 0: then each row goes alone, with its visible keys.
+    """
+    attend = functools.partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=True)
+    max_length = k.shape[2]
+    ends = [min(max(end, 0), max_length) for end in lengths.tolist()]
+    begins = [0] * len(ends) if starts is None else [min(max(start, 0), max_length) for start in starts.tolist()]
+    seen = list(zip(begins, ends, strict=True))
+    if all(begin < end for begin, end in seen) and len(seen) > 1:
+        first, last = min(begins), max(ends)
+        mask = None
+        if seen != [(first, last)] * len(seen):
+            place = torch.arange(first, last)
+            mask = (place < torch.tensor(ends)[:, None]) & (place >= torch.tensor(begins)[:, None])
+            mask = mask[:, None, None]
+        out = attend(q, k[:, :, first:last], v[:, :, first:last], mask)
+        if mask is None or out.isfinite().all():
+            return out
+    out = torch.zeros_like(q)
+    for row, (begin, end) in enumerate(seen):
+        if begin < end:
+            keys = slice(row, row + 1), slice(None), slice(begin, end)
+            out[row] = attend(q[row : row + 1], k[keys], v[keys])[0]
+    return out
 
 
 class DecodeTile(NamedTuple):
@@ -446,10 +478,14 @@ def _fake_decode(q: Tensor, *_: Any) -> Tensor:
 _decode = register("flash_decode", _launch_decode, _fake_decode)
 
 
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def _why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if q.shape[3] > 256:
         return f"its head dim is {q.shape[3]}, and the kernel takes 256 at most"
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if _needs_gradient(q, k, v):
         return "an input requires a gradient, and the kernel has no backward"
     return None
 
@@ -467,9 +503,10 @@ def flash_decode(
     """Attend from one query per row to keys `starts[b] <= j < lengths[b]` of its cache, softmax in float32.
 
     A row that sees no key gets zeros; what lies outside the visible keys is never used, NaN included. The cache is read
-    where it lies, transposed storage included, as long as a head's numbers are adjacent. The kernel has no backward:
-    where a gradient is needed the reference runs. Raises ValueError for shapes or dtypes that differ, Hq that is no
-    multiple of Hkv, or a DTensor; KernelUnavailable for `impl="triton"` where Triton cannot run.
+    where it lies, transposed storage included, as long as a head's numbers are adjacent. On a CPU "auto" is PyTorch's
+    attention over each row's visible keys. Neither has a backward: where a gradient is needed the reference runs.
+    Raises ValueError for shapes or dtypes that differ, Hq that is no multiple of Hkv, or a DTensor; KernelUnavailable
+    for `impl="triton"` where Triton cannot run.
     """
     check_floats("flash_decode", q=q, k=k, v=v)
     check_ints("flash_decode", lengths=lengths)
@@ -486,4 +523,7 @@ def flash_decode(
     if use_triton("flash_decode", impl, q.device, q.dtype, why_not=_why_not(q, k, v)):
         scale = 1 / math.sqrt(max(q.shape[3], 1)) if scale is None else float(scale)
         return _decode(q, k, v, lengths, starts, scale, 0, torch.compiler.is_compiling())
+    eager = not torch.compiler.is_compiling()
+    if impl == "auto" and q.device.type == "cpu" and eager and not _needs_gradient(q, k, v):
+        return _decode_on_host(q, k, v, lengths, starts, scale)
     return flash_decode_reference(q, k, v, lengths, starts=starts, scale=scale)

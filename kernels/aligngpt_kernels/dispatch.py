@@ -6,7 +6,7 @@ raises `KernelUnavailable` with it. No environment variable changes what "auto" 
 
 "auto" also goes by measurement: `measured.json` holds, by GPU, the time of what an op replaces divided by the time of
 its kernels. Below 1 the reference runs. An op that replaces calls of a tuned library (`MUST_BE_MEASURED`) waits for a
-measurement; the others do less work than their reference by construction and run unmeasured.
+measurement; the others do less work than their reference by construction and run without one.
 """
 
 import contextlib
@@ -225,6 +225,17 @@ def _is_traced(argument: Any) -> bool:
 
 def _needs_grad(argument: Any) -> bool:
     return isinstance(argument, Tensor) and argument.requires_grad
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device, without waiting for what runs there.
+
+    From the host it goes by way of pinned memory, which is kept until it was read. Ordinary memory is not: where the
+    system lets a GPU read it, what is freed meanwhile arrives as something else.
+    """
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

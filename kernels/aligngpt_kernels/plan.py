@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import check_devices, check_ints, check_shape
+from .dispatch import check_devices, check_ints, check_shape, to_device
 
 NO_ALIGN_ROW = torch.iinfo(torch.int32).min  # source of an <align> that no sample owns: reads as a missing row
 
@@ -27,6 +27,11 @@ class InjectionPlan(NamedTuple):
     image_place: Tensor  # (R,) int32: position of each image row; -1: the row is unused
     align_place: Tensor  # (S,) int32: position of each sample's <align>; -1: it has none
     exact: bool  # made by counting: R is the number of image tokens, S of samples, and every <align> has its row
+
+    def to(self, device: torch.device | str) -> "InjectionPlan":
+        """The plan on another device, without waiting for what runs there."""
+        source, token_sample, image_place, align_place = (to_device(index, device) for index in self[:4])
+        return InjectionPlan(source, token_sample, image_place, align_place, self.exact)
 
     def image_sample(self, rows_per_image: int) -> Tensor:  # (M,)
         """The sample each image belongs to, -1 for an unused image.

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration
@@ -62,7 +63,7 @@ def test_the_number_of_levels_comes_from_the_weights(folder, tower_config):
         (None, "lora.A", "unknown name: lora.A"),
     ],
 )
-def test_every_key_is_accounted_for(folder, tower_config, lost, added, message):
+def test_fault_53_every_key_is_accounted_for(folder, tower_config, lost, added, message):
     path, weights = folder
     weights.pop(lost, None)
     if added:
@@ -72,7 +73,7 @@ def test_every_key_is_accounted_for(folder, tower_config, lost, added, message):
         load(path, tower_config)
 
 
-def test_our_own_folder_must_be_whole_too(make_llm, make_tower, tmp_path):
+def test_fault_53_our_own_folder_must_be_whole_too(make_llm, make_tower, tmp_path):
     AlignGPTForConditionalGeneration.from_parts(make_llm(), make_tower()).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.align_table"]
@@ -91,7 +92,7 @@ class Dropper:
         return (open, (str(self.path), "w"))
 
 
-def test_a_pickle_is_not_run(folder, tower_config):
+def test_fault_51_a_pickle_is_not_run(folder, tower_config):
     """The public loaders unpickle whatever the folder holds."""
     path, _ = folder
     trace = path / "ran"
@@ -99,6 +100,95 @@ def test_a_pickle_is_not_run(folder, tower_config):
     with pytest.raises(ValueError, match="is not a whole file of plain tensors"):
         load(path, tower_config)
     assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [torch.zeros(2)],
+        {"lm_head.weight": torch.zeros(2), "step": 3},
+        torch.zeros(2),
+        {"step": torch.eye(2).to_sparse()},
+        {"step": torch.zeros(2, device="meta")},
+    ],
+)
+def test_a_bin_file_of_more_than_named_tensors_is_none(folder, content):
+    path, _ = folder
+    torch.save(content, path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"is not a whole file of plain tensors: it holds (list|Tensor|step)"):
+        stored_weights(path)
+
+
+def test_fault_53_a_public_folder_of_other_sizes_is_refused(folder, tower_config):
+    path, weights = folder
+    save_file(weights | {"lm_head.weight": torch.zeros(321, 64)}, path / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"1 of another shape: lm_head.weight is \(321, 64\), the config says \(320, 64\)"
+    ):
+        load(path, tower_config)
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_a_file_that_is_mapped_anew_gives_the_same(folder, monkeypatch, kind):
+    """After so many bytes a file is opened again, so that the pages that were read are given back."""
+    path, weights = folder
+    save_file(weights, path / kind) if kind.endswith("safetensors") else torch.save(weights, path / kind)
+    opened = []
+
+    def counted(read):
+        return lambda *args, **kwargs: (opened.append(args), read(*args, **kwargs))[1]
+
+    monkeypatch.setattr("aligngpt.checkpoint.safe_open", counted(safe_open))
+    monkeypatch.setattr(torch, "load", counted(torch.load))
+    monkeypatch.setattr("aligngpt.checkpoint._MAPPED_BYTES", 100_000)
+    stored = stored_weights(path)
+    for name, tensor in stored.items():
+        theirs = weights[tensor.name]
+        assert torch.equal(tensor.read(), theirs), name
+        assert torch.equal(tensor.read(1, 2), theirs[1:2])
+    assert len(opened) > 3
+
+
+def test_an_index_may_promise_too_much(folder):
+    path, weights = folder
+    save_file(weights, path / "one.safetensors")
+    weight_map = dict.fromkeys(["lm_head.weight", "model.norm.bias"], "one.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    stored = stored_weights(path)
+    with pytest.raises(ValueError, match=r"one\.safetensors lacks model\.norm\.bias, which its index puts there"):
+        _ = stored["model.language_model.norm.bias"].shape
+
+
+def test_an_index_may_leave_out_what_its_files_hold(folder):
+    """It is a weight all the same, and an unknown one is listed."""
+    path, weights = folder
+    stranger = {"stranger.weight": torch.zeros(2)}
+    save_file(weights | stranger, path / "one.safetensors")
+    save_file({"lm_head.weight": torch.zeros(320, 64)}, path / "two.safetensors")
+    weight_map = {"model.norm.weight": "one.safetensors", "lm_head.weight": "two.safetensors"}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"1 weights with an unknown name: stranger\.weight$"):
+        stored_weights(path)
+    save_file(weights, path / "one.safetensors")
+    stored = stored_weights(path)
+    assert "model.align_table" in stored
+    assert not stored["lm_head.weight"].read().any()  # of two, the one that the index means
+
+
+@pytest.mark.parametrize("weight_map", [["lm_head.weight"], {"lm_head.weight": 1}, None, "one.safetensors"])
+def test_an_index_that_is_none_is_named(folder, weight_map):
+    path, _ = folder
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"index\.json is no index of weights: .*; it needs a weight_map$"):
+        stored_weights(path)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.uint8, "U8"), (torch.int64, "I64")])
+def test_a_type_that_is_none_of_ours_is_named(folder, dtype, name):
+    path, weights = folder
+    save_file(weights | {"lm_head.weight": torch.zeros(320, 64, dtype=dtype)}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"holds lm_head\.weight as {name}; it needs to be one of F64, F32"):
+        _ = stored_weights(path)["lm_head.weight"].dtype
 
 
 def test_an_index_cannot_point_elsewhere(folder):
@@ -115,6 +205,9 @@ def test_a_folder_that_is_none_is_named(tmp_path):
         stored_weights(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
+        stored_weights(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a list; it needs to be a JSON object"):
         stored_weights(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no weights"):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aligngpt import AlignGPTForConditionalGeneration
 from aligngpt.attention import NAME
 from aligngpt.batch import Example, collate, ends
-from aligngpt.checkpoint import PUBLIC_NAMES, _renamed
+from aligngpt.checkpoint import PUBLIC_NAMES, renamed
 from aligngpt.text import TokenIds, Tokenized
 from training import sharding
 from training.config import ShardingConfig
@@ -133,6 +133,9 @@ def test_matches_the_public_implementation(oracle_model, load_case, name, kernel
     if "out_gate_alpha" in arrays:
         close(alpha, arrays["out_gate_alpha"])
         close(embeds[:, 1], arrays["out_h_align"])
+        seen = {k: v for k, v in inputs.items() if k not in ("labels", "align_levels")}
+        for got, wanted in zip(model.model.alignment(**seen), ("out_gate_dots", "out_gate_alpha"), strict=True):
+            close(got, arrays[wanted])
     out = model(**inputs)
     if "out_logits" in arrays:
         close(out.logits[attended], arrays["out_logits"][attended.numpy()])
@@ -154,7 +157,7 @@ def test_gradients_match_the_public_implementation(oracle_model, load_case, name
     loss.backward()
     close(loss.detach(), arrays["out_loss"])
     parameters = dict(model.named_parameters())
-    rename = lambda names: list(_renamed({n: n for n in names}, PUBLIC_NAMES, name))  # noqa: E731
+    rename = lambda names: list(renamed({n: n for n in names}, PUBLIC_NAMES, name))  # noqa: E731
     full = [key for key in arrays if key.startswith("grad.")]
     for key, ours in zip(full, rename([key[5:] for key in full]), strict=True):
         close(parameters[ours].grad, arrays[key])
@@ -283,6 +286,26 @@ def test_several_images_of_a_sample_share_one_alignment_token(build, kernels):
     twice = Example("twice", two.text, one.pixel_values.repeat(2, 1, 1, 1))
     weights = [model(**batch_of(model, example).model_inputs()).align_weights for example in (one, twice)]
     close(weights[1], weights[0])
+
+
+def test_what_the_gate_sees_is_told_by_image(build, kernels):
+    """Dots of one image, of two that share a text, and of none, against the definition in float64; the LLM sleeps."""
+    model = build()
+    examples = [sample(model, seed=1), sample(model, seed=2, images=2), sample(model, seed=3, images=0)]
+    inputs = batch_of(model, *examples).model_inputs()
+    seen = {name: inputs[name] for name in ("input_ids", "attention_mask", "gate_mask", "pixel_values")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.model.language_model, "forward", None)
+        dots, weights = model.model.alignment(**seen)
+    close(weights, model(**inputs).align_weights)
+
+    words = model.get_input_embeddings().weight.double()
+    rows = model.model.multi_modal_projector.double()(model.model.image_features(inputs["pixel_values"]).double())
+    means = [words[example.text.input_ids[example.text.gate_mask]].mean(0) for example in examples]
+    close(dots, torch.einsum("mpd,md->mp", rows, torch.stack([means[0], means[1], means[1]])).float())
+    model.config.align_mode = "none"
+    with pytest.raises(ValueError, match="align_mode is 'none'"):
+        model.model.alignment(**seen)
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])

@@ -49,6 +49,8 @@ def test_values_and_gradients(heads, lengths, starts, scale):
     want = one_by_one(*args, lengths, starts, scale or 0.5)
     got = flash_decode(*args, **index, scale=scale)
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
+    with torch.no_grad():  # a row at a time
+        torch.testing.assert_close(flash_decode(*args, **index, scale=scale), want, rtol=1e-13, atol=1e-13)
     up = torch.randn_like(got)
     got_grads = torch.autograd.grad(got, args, up)
     want_grads = torch.autograd.grad(want, args, up, allow_unused=True, materialize_grads=True)
@@ -56,24 +58,26 @@ def test_values_and_gradients(heads, lengths, starts, scale):
         torch.testing.assert_close(got_grad, want_grad, rtol=1e-12, atol=1e-12)
 
 
-def test_unwritten_cache_never_enters():
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_unwritten_cache_never_enters(impl):
     q, k, v = (t.detach() for t in inputs(2, 4, 2, 9))
     lengths, starts = torch.tensor([5, 7]), torch.tensor([0, 2])
-    want = flash_decode(q, k, v, lengths, starts=starts)
+    want = flash_decode(q, k, v, lengths, starts=starts, impl=impl)
     for poison in (torch.nan, torch.inf):
         outside = torch.ones(2, 9, dtype=torch.bool)
         outside[0, :5] = outside[1, 2:7] = False
         dirty = [t.masked_fill(outside[:, None, :, None], poison) for t in (k, v)]
-        assert torch.equal(flash_decode(q, *dirty, lengths, starts=starts), want)
+        assert torch.equal(flash_decode(q, *dirty, lengths, starts=starts, impl=impl), want)
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_error_of_the_dtype(dtype):
+def test_error_of_the_dtype(dtype, impl):
     """Within 2 × the error of torch's own attention in that dtype, over non-contiguous 700-key caches."""
     q, k, v = (t.detach() for t in inputs(3, 8, 2, 700, 64))
     low = [t.transpose(1, 2).contiguous().transpose(1, 2).to(dtype) for t in (q, k, v)]
     exact = flash_decode(*[t.double() for t in low], torch.full((3,), 700))
-    got = flash_decode(*low, torch.full((3,), 700))
+    got = flash_decode(*low, torch.full((3,), 700), impl=impl)
     plain = torch.nn.functional.scaled_dot_product_attention(*low, enable_gqa=True)
     assert got.dtype == dtype
     assert (got - exact).abs().max() <= 2 * (plain - exact).abs().max()
@@ -169,6 +173,9 @@ def test_fault_40_lengths_and_starts_outside_the_cache(int_dtype, dtype, device,
     for splits in (0, 2):
         (out,) = as_exact_as_torch(partial(in_splits(splits), lengths=lengths, starts=starts), args, dtype)
         assert out[2:].eq(0).all()
+    args, lengths, starts = [t.cpu() for t in args], lengths.cpu(), starts.cpu()
+    on_host = flash_decode(*args, lengths, starts=starts)
+    torch.testing.assert_close(on_host, flash_decode_reference(*args, lengths, starts=starts))
 
 
 def test_fault_40_no_rows_no_keys_no_heads(dtype, device):
@@ -176,9 +183,10 @@ def test_fault_40_no_rows_no_keys_no_heads(dtype, device):
         q = torch.randn(batch, q_heads, 1, head_dim, dtype=dtype, device=device)
         k = torch.randn(batch, 2, length, head_dim, dtype=dtype, device=device)
         lengths = torch.full((batch,), 5, device=device)
-        out = flash_decode(q, k, k, lengths, scale=1.0, impl="triton")
-        assert (out.shape, out.dtype) == (q.shape, dtype)
-        assert out.eq(0).all() or length > 0
+        for impl in ("triton", "auto"):
+            out = flash_decode(q, k, k, lengths, scale=1.0, impl=impl)
+            assert (out.shape, out.dtype) == (q.shape, dtype)
+            assert out.eq(0).all() or length > 0
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=["multi-head", "grouped"])

@@ -75,8 +75,12 @@ def test_auto_is_the_reference_on_a_cpu(name):
         return result[0] if isinstance(result, tuple) else result
 
     op, reference, call = op_named(name), op_named(f"{name}_reference"), CALLS[name]
-    for impl in ("auto", "reference"):
-        assert torch.equal(first(op(**call, impl=impl)), first(reference(**call)))
+    assert torch.equal(first(op(**call, impl="reference")), first(reference(**call)))
+    auto = first(op(**call, impl="auto"))
+    if name == "flash_decode":  # by PyTorch's own attention
+        torch.testing.assert_close(auto, first(reference(**call)))
+    else:
+        assert torch.equal(auto, first(reference(**call)))
     with pytest.raises(ValueError, match=f"impl is 'cuda'; {name} needs"):
         op(**call, impl="cuda")
 
@@ -156,10 +160,11 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
     entered: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(entered.append(device)))
     with FakeTensorMode():
-        tensor = torch.empty(1, device="cuda:1")
+        device = torch.device("cuda", max(torch.cuda.device_count() - 1, 0))  # the last one there is
+        tensor = torch.empty(1, device=device)
     launch = dispatch._on_its_device(lambda *args: len(args))
     assert launch(tensor, 2) == 2
-    assert entered == [torch.device("cuda:1")]
+    assert entered == [device]
     assert launch(torch.empty(1, device="cpu")) == 1
     assert len(entered) == 1
 

@@ -217,6 +217,7 @@ def test_result_is_read_by_from_pretrained_and_answers(stages: Stages, parts: An
     inputs = processor(images=[parts.images / "3.png"], text="<image>\nWhat is it?")
     ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert ids.shape == (1, inputs["input_ids"].shape[1] + 3)
+    assert "Written by a training run of aligngpt" in (folder / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("stages", ["llama"], indirect=True)

@@ -110,7 +110,7 @@ def on_meta(parts: Any, train: tuple[TrainedPart, ...], checkpointing: Any = "no
 
 @pytest.mark.parametrize("train", [STAGE_1, STAGE_2])
 def test_flops_are_those_that_torch_counts(parts: Any, train: tuple[TrainedPart, ...]) -> None:
-    """Products of weights alone; the projector's first layer passes no gradient on, which SPEC's 6 does not know."""
+    """Products of weights alone. The projector's first layer passes no gradient on: fewer than 6 FLOPs a weight."""
     model = on_meta(parts, train)
     flops, inner = plan.count_flops(model), model.model
     for part in (inner.language_model, inner.vision_tower):

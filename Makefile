@@ -6,6 +6,8 @@ TRANSFORMERS ?= transformers==5.23.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST_TRITON := triton==3.6.0
+# For the tests of quantised loading; apart, since transformers imports them wherever they are installed, which takes a second.
+QUANTISERS := torchao==0.18.0 bitsandbytes==0.50.2
 PATHS := kernels aligngpt training demo benchmarks tests setup.py
 
 .PHONY: install demo check format test test-all test-compile test-gpu bench bench-gpu clean
@@ -18,6 +20,7 @@ $(VENV)/.installed: setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]" "$(TRANSFORMERS)"
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/quantisers $(QUANTISERS)
 	touch $@
 
 demo: install
@@ -60,7 +63,7 @@ test-compile: install .venv-triton/.installed
 RESULTS ?= benchmarks/results
 GPU_ENV := PYTHONPATH=kernels:.
 DALI_TESTS := tests/training/test_dali_pipeline.py
-ATTENTION_TESTS := tests/aligngpt/test_attention.py
+ANSWERING_TESTS := tests/aligngpt/test_attention.py tests/aligngpt/test_decoding.py tests/aligngpt/test_engine.py
 
 test-gpu:
 	@$(GPU_ENV) $(PYTHON) -m benchmarks.need_gpu "make test-gpu"
@@ -70,7 +73,7 @@ test-gpu:
 	@if $(PYTHON) -c "import nvidia.dali" 2>/dev/null; \
 	then $(GPU_ENV) timeout --kill-after=10 40 $(PYTHON) -m pytest $(DALI_TESTS) -m gpu; \
 	else echo "left out: $(DALI_TESTS), the package nvidia.dali is not installed"; fi
-	$(GPU_ENV) timeout --kill-after=10 60 $(PYTHON) -m pytest $(ATTENTION_TESTS) -m gpu
+	$(GPU_ENV) timeout --kill-after=10 100 $(PYTHON) -m pytest $(ANSWERING_TESTS) -m gpu
 
 bench: install
 	$(BIN)/python -m pytest benchmarks

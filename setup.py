@@ -57,6 +57,7 @@ setup(
             "tensorboard>=2.15",  # --log.tensorboard: torch writes its files with it
             "wandb>=0.17",  # --log.wandb: curves on a server
         ],
+        "web": [*TRAIN, "gradio>=6"],  # the page of aligngpt chat --web, and the server that it and the HTTP API run on
         "eval": TRAIN,
         "demo": TRAIN,
         "dev": [
@@ -71,6 +72,8 @@ setup(
             'nvidia-dali-cuda130>=2.4; platform_system == "Linux" and platform_machine == "x86_64"',
             "tensorboard>=2.15",  # what --log.tensorboard wrote is read back in tests
             "setuptools>=77",  # builds the wheel that tests/test_layers.py installs
+            "gradio>=6",  # the page that tests/aligngpt/test_web.py looks at
+            "selenium>=4.20",  # drives Chromium there
             "gguf>=0.10",  # reads SmolLM2 from its PyPI package in docs/real-run.md
         ],
     },

@@ -1,38 +1,42 @@
-"""`aligngpt chat MODEL`: questions about pictures, one with `--prompt`, or a conversation without it.
+"""`aligngpt chat MODEL`: questions about pictures, one with `--prompt`, a conversation without it, a page with `--web`.
 
     aligngpt chat runs/stage-2/model --image cat.jpg --prompt "What is the cat doing?"      the answer alone, for pipes
     aligngpt chat runs/stage-2/model                                                        /help lists the commands
+    aligngpt chat runs/stage-2/model --web                                                  `aligngpt.web` in a browser
 
 `Chat` is the conversation without a terminal: it holds history, pictures and level, and its `answer` yields the answer
-in pieces while it is generated. Each question is prefilled whole, since the alignment row depends on all of the prompt.
+in pieces while an `Engine` generates it. Each question is prefilled whole, since the alignment row depends on all of
+the prompt. Any number of conversations may share an engine that serves.
 
 A model whose template is "plain" (after stage 1) captions: it takes pictures and no words, knows no history, ends at
 the first newline, and gets the best level unless told otherwise, because its gate is not trained yet.
 
-Refused with a `ValueError`, before anything is generated: a folder that brings code (`auto_map`), a picture that does
-not open, `<image>` in a question, a level the model does not have, a prompt as long as the model's window.
+Refused with a `ValueError`, before anything is generated: a folder that brings code (`auto_map`), an LLM that the
+engine cannot run, a picture that does not open, `<image>` in a question, a level the model does not have, a prompt as
+long as the engine's rows, a question while another is being answered.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
+import random
 import sys
+import threading
 import unicodedata
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
+from .generate import Answer, Engine, Request
 from .image import open_image
+from .sampling import Sampling
 from .text import IMAGE_MARK
 
 if TYPE_CHECKING:
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     from .processor import AlignGPTProcessor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEB_ROWS = 4  # answers at a time on the page
 _BAR = 40  # characters of a weight of 1
 
 
@@ -49,8 +54,10 @@ class Chat:
     """A conversation with a model.
 
     Args:
-        max_new_tokens: longest answer, in tokens; what is left of the model's window may be less.
+        engine: what answers; its `start` is only needed where conversations share it.
+        max_new_tokens: longest answer, in tokens; what is left of the engine's row may be less.
         temperature: 0 takes the likeliest token, more samples among those that make up `top_p` of the probability.
+        seed: of the samples of this conversation; None: another one each time.
 
     Attributes:
         history: messages so far, as `AlignGPTProcessor.apply_chat_template` takes them.
@@ -61,39 +68,36 @@ class Chat:
 
     def __init__(
         self,
-        model: AlignGPTForConditionalGeneration,
-        processor: AlignGPTProcessor,
+        engine: Engine,
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        seed: int | None = None,
     ):
-        for name, value, good, needs in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-            ("temperature", temperature, 0 <= temperature < float("inf"), "a number of at least 0"),
-            ("top_p", top_p, 0 < top_p <= 1, "a share above 0 and up to 1"),
-        ):
-            if not good:
-                raise ValueError(f"{name} is {value}; it needs to be {needs}")
-        self.model = model
-        self.processor = processor
-        self.max_new_tokens = max_new_tokens
-        self.sampling: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            self.sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        self.captions = processor.template == "plain"
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it needs to be at least 1")
+        self.engine = engine
+        self.model = engine.model
+        self.processor = engine.processor
+        self.captions = self.processor.template == "plain"
+        stop = ("\n",) if self.captions else ()
+        self.sampling = Sampling(max_new_tokens, temperature, top_p, stop=stop)
         self.level: int | None = None
-        if self.captions and model.config.align_mode != "none":
-            self.level = model.config.num_align_levels - 1
+        if self.captions and self.model.config.align_mode != "none":
+            self.level = self.model.config.num_align_levels - 1
         self.history: list[dict[str, Any]] = []
         self.pictures: list[Image.Image] = []
-        self._asked: Mapping[str, Any] = {}  # the last question, as the model read it
+        self._random = random.Random(seed)
+        self._answer: Answer | None = None  # to the last question
+        self._before: tuple[list[dict[str, Any]], list[Image.Image], str] | None = None  # it, and what it came upon
+        self._answering = threading.Lock()
 
     def show(self, path: str | os.PathLike[str]) -> Image.Image:
         """Add a picture to the next question; of a captioning model, replace what was there once it was captioned."""
         picture = _open(path)
-        if self.captions and self._asked:
-            self.pictures, self._asked = [], {}
+        if self.captions and self._answer:
+            self.reset()
         self.pictures.append(picture)
         return picture
 
@@ -107,8 +111,19 @@ class Chat:
         self.level = level
 
     def reset(self) -> None:
-        """Forget the conversation and its pictures; a fixed level stays."""
-        self.history, self.pictures, self._asked = [], [], {}
+        """Forget the conversation and its pictures, and what is being answered; a fixed level stays."""
+        self.stop()
+        self.history, self.pictures, self._answer, self._before = [], [], None, None
+
+    @property
+    def is_answering(self) -> bool:
+        return self._answering.locked()
+
+    def stop(self) -> None:
+        """End the answer that is being given, from another thread; what was said until then enters the history."""
+        answer = self._answer
+        if answer is not None:
+            answer.cancel()
 
     def answer(self, prompt: str) -> Generator[str, None, None]:
         """The answer to a question about the pictures and all that was said, in pieces as they come.
@@ -116,37 +131,80 @@ class Chat:
         Joined, they are the decoded answer without special tokens. An iterator that is closed early, and Ctrl-C, stop
         the model; what was said until then enters the history. After an error the conversation is as it was before.
         """
+        with self._alone():
+            yield from self._say(prompt)
+
+    def again(self) -> Generator[str, None, None]:
+        """The last question answered anew, at the level that is fixed now, in place of the last answer."""
+        with self._alone():
+            if self._before is None:
+                raise ValueError("no question was asked yet, so there is none to answer again")
+            now = self.history, self.pictures
+            self.history, self.pictures, prompt = self._before
+            try:
+                yield from self._say(prompt)
+            except Exception:
+                self.history, self.pictures = now
+                raise
+
+    @contextlib.contextmanager
+    def _alone(self) -> Generator[None, None, None]:
+        if not self._answering.acquire(blocking=False):
+            raise ValueError("a question of this conversation is being answered; stop that, or wait for its end")
+        try:
+            yield
+        finally:
+            self._answering.release()
+
+    def _say(self, prompt: str) -> Generator[str, None, None]:
         question = self._question(prompt)
-        inputs = self._inputs([question] if self.captions else [*self.history, question])
-        self._asked = inputs
+        messages = [question] if self.captions else [*self.history, question]
+        inputs = self.processor.apply_chat_template(messages, tokenize=True)
+        level = self.level if "pixel_values" in inputs else None
+        sampling = replace(self.sampling, seed=self._random.getrandbits(63))
+        answer = self.engine.submit(Request(inputs, sampling, level))
+        self._answer = answer
+        self._before = (list(self.history), list(self.pictures), prompt)
         said: list[str] = []
         try:
-            with closing(self._stream(inputs)) as pieces:
-                for piece in pieces:
-                    said.append(piece)
-                    yield piece
+            for piece in answer:
+                said.append(piece)
+                yield piece
         except (KeyboardInterrupt, GeneratorExit):
+            answer.cancel()
             if said:
-                self._remember(question, "".join(said))
+                self._remember(answer, question, "".join(said))
             raise
-        self._remember(question, "".join(said))
+        if said or answer.finish_reason != "cancelled":
+            self._remember(answer, question, "".join(said))
 
     def gate_weights(self) -> Tensor:  # (N - 1,) fp32
         """The gate's weights of the local levels for the last question; ValueError says why there are none."""
         mode = self.model.config.align_mode
         if mode in ("none", "global", "average"):
             raise ValueError(f"this model has align_mode {mode!r}, which asks no gate")
-        if not self._asked:
+        request = self._asked().request
+        if request.level is not None:
+            raise ValueError(f"level {request.level} was fixed for the last question; /level off goes back to the gate")
+        assert self._answer is not None
+        assert self._answer.align_weights is not None
+        return self._answer.align_weights.cpu()
+
+    def alignment(self) -> tuple[Tensor, Tensor]:  # (M, P), (N - 1,) fp32
+        """Dots of each picture's rows with the last question, and the gate's weights, whether they were used or not."""
+        inputs = self._asked().request.inputs
+        names = ("input_ids", "gate_mask", "pixel_values")
+        seen = {name: inputs[name].to(self.model.device) for name in names}
+        dots, weights = self.model.model.alignment(**seen)
+        return dots.cpu(), weights[0].cpu()
+
+    def _asked(self) -> Answer:
+        """To the last question, which had a picture."""
+        if self._answer is None:
             raise ValueError("no question was asked yet, so the gate has seen nothing")
-        if "pixel_values" not in self._asked:
+        if "pixel_values" not in self._answer.request.inputs:
             raise ValueError("the last question had no picture, so it had no alignment token")
-        if "align_levels" in self._asked:
-            level = int(self._asked["align_levels"])
-            raise ValueError(f"level {level} was fixed for the last question; /level off goes back to the gate")
-        with torch.no_grad():
-            _, weights = self.model.model.embed(**self._asked)
-        assert weights is not None
-        return weights[0].cpu()
+        return self._answer
 
     def _question(self, prompt: str) -> dict[str, Any]:
         if IMAGE_MARK in prompt:
@@ -160,112 +218,17 @@ class Chat:
             content.append({"type": "text", "text": prompt})
         return {"role": "user", "content": content}
 
-    def _inputs(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
-        inputs = dict(self.processor.apply_chat_template(messages, tokenize=True))
-        length = inputs["input_ids"].shape[1]
-        if self._room(length) < 1:
-            raise ValueError(
-                f"the prompt has {length} tokens; the model reads {length + self._room(length)}, its answer included: "
-                "ask something shorter or start anew"
-            )
-        if self.level is not None and "pixel_values" in inputs:
-            inputs["align_levels"] = torch.tensor([self.level])
-        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-
-    def _room(self, length: int) -> int:
-        """Tokens that an answer may have after a prompt of `length`; not positive if the prompt is too long."""
-        window = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        return self.max_new_tokens if window is None else min(self.max_new_tokens, window - length)
-
-    def _stream(self, inputs: Mapping[str, Any]) -> Generator[str, None, None]:
-        """Run `generate` in a thread; leaving the iterator stops it at its next token. Its errors are raised here."""
-        streamer = _Streamer(self.processor)
-
-        def work() -> None:
-            ending: BaseException | None = None
-            try:
-                self.model.generate(
-                    **inputs,
-                    **self.sampling,
-                    max_new_tokens=self._room(inputs["input_ids"].shape[1]),
-                    num_beams=1,
-                    streamer=streamer,
-                )
-            except _Stopped:
-                pass
-            except BaseException as error:  # whatever it is, the caller waits for it
-                ending = error
-            streamer.pieces.put(ending)
-
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            while isinstance(piece := streamer.pieces.get(), str):
-                if self.captions and "\n" in piece:
-                    if before := piece[: piece.index("\n")]:
-                        yield before
-                    return
-                yield piece
-            if piece is not None:
-                raise piece
-        finally:
-            streamer.stopped = True
-            thread.join()
-
-    def _remember(self, question: dict[str, Any], answer: str) -> None:
-        if self.captions:
+    def _remember(self, answer: Answer, question: dict[str, Any], said: str) -> None:
+        if self.captions or answer is not self._answer:  # the conversation was forgotten meanwhile
             return
         # A mark in the model's own words would be taken for a picture in every later prompt.
-        words = answer.strip().replace(IMAGE_MARK, IMAGE_MARK.strip("<>"))
-        self.history += [question, {"role": "assistant", "content": words}]
+        words = said.strip().replace(IMAGE_MARK, IMAGE_MARK.strip("<>"))
+        self.history = [*self.history, question, {"role": "assistant", "content": words}]
         self.pictures = []
 
 
 def _open(path: str | os.PathLike[str]) -> Image.Image:
     return open_image(os.path.expanduser(path))  # pathlib's raises where a user is unknown
-
-
-class _Stopped(Exception):
-    """Raised inside `generate` when nobody listens any more."""
-
-
-class _Streamer(BaseStreamer):
-    """Receives tokens from `generate` and puts text into `pieces`.
-
-    All tokens are decoded anew each time, so that blanks are those of the whole answer. Text is held back while it ends
-    inside a character: bytes of one that is not complete (U+FFFD), and SentencePiece's byte tokens, which the tokenizer
-    decodes as a run.
-    """
-
-    def __init__(self, processor: AlignGPTProcessor):
-        self.pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
-        self.stopped = False
-        self._processor = processor
-        self._is_prompt = True
-        self._tokens: list[int] = []
-        self._sent = 0  # characters
-
-    def put(self, value: Tensor) -> None:  # (1, L) the prompt, then (1,) each token
-        if self.stopped:
-            raise _Stopped
-        if self._is_prompt:
-            self._is_prompt = False
-            return
-        self._tokens += value.tolist()
-        last = str(self._processor.tokenizer.convert_ids_to_tokens(self._tokens[-1]))
-        if not (last.startswith("<0x") and last.endswith(">")):
-            self._send(self._text().rstrip("\ufffd"))
-
-    def end(self) -> None:
-        self._send(self._text())
-
-    def _text(self) -> str:
-        return self._processor.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _send(self, text: str) -> None:
-        if len(text) > self._sent:
-            self.pieces.put(text[self._sent :])
-            self._sent = len(text)
 
 
 # ---- the terminal --------------------------------------------------------------------------------------------------
@@ -387,26 +350,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="share of probability sampled from")
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampling")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens of a prompt and its answer together (default: the model's window, 4096 at most)",
+    )
     parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, … (default: a GPU if any)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    parser.add_argument("--web", action="store_true", help="serve a page for the browser until Ctrl-C")
+    parser.add_argument("--host", default="127.0.0.1", help="of the page (default 127.0.0.1: this machine alone)")
+    parser.add_argument("--port", type=int, default=7860, help="of the page (default 7860; 0 takes any free one)")
 
 
 def run(args: argparse.Namespace) -> int:
     """`aligngpt chat`: answers on standard output, remarks on standard error."""
+    if args.web and (args.prompt is not None or args.image):
+        raise ValueError("--web is given beside --prompt or --image; questions and pictures go into the page")
+    if args.web:
+        from . import serving, web  # before the model is read: what they need may be missing
     device = _device(args.device)
     pictures = [_open(path) for path in args.image]  # a bad one is found before the model is read
-    chat = Chat(
-        *_load(args.model, args.dtype),
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-    )
-    if args.level is not None:
-        chat.fix_level(args.level)
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    model, processor = _load(args.model, args.dtype)
+    engine = Engine(model.to(device), processor, max_batch_size=WEB_ROWS if args.web else 1, max_length=args.max_length)
+
+    def begin() -> Chat:
+        chat = Chat(engine, **options)
+        if args.level is not None:
+            chat.fix_level(args.level)
+        return chat
+
+    chat = begin()
     chat.pictures += pictures
-    chat.model.to(device)
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
+    if args.web:
+        name = "/".join(Path(args.model).resolve().parts[-2:])
+        return web.serve(begin, serving.app(engine, name, hosts=[args.host]), name=name, host=args.host, port=args.port)
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # what an encoding lacks, typed or answered, ends no conversation
@@ -428,17 +407,14 @@ def run(args: argparse.Namespace) -> int:
 def _load(folder: str, dtype: str | None) -> tuple[AlignGPTForConditionalGeneration, AlignGPTProcessor]:
     from transformers.utils import logging
 
-    from .checkpoint import read_config
+    from .checkpoint import read_config, refuse_code
     from .config import KNOWN_TOWERS, _tower_config, is_public
     from .model import AlignGPTForConditionalGeneration
     from .processor import AlignGPTProcessor
 
     if not Path(folder).is_dir():
         raise ValueError(f"MODEL is {folder!r}, which is no folder; it needs to be a folder that holds a model")
-    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
-        file = Path(folder, name)
-        if file.is_file() and "auto_map" in json.loads(file.read_text(encoding="utf-8")):
-            raise ValueError(f"{file} has auto_map, which names code to run; AlignGPT runs none: remove the entry")
+    refuse_code(folder)
     if is_public(config := read_config(folder)):
         tower = config.get("mm_vision_tower")
         try:

@@ -134,6 +134,14 @@ PACKAGES = (
         "metrics.jsonl and training/plot.py",
         versions=">=0.17",
     ),
+    Package(
+        "gradio",
+        "gradio",
+        "the page and the HTTP API of aligngpt chat --web",
+        "pip install 'gradio>=6'",
+        "aligngpt chat in the terminal",
+        versions=">=6",
+    ),
 )
 TORCH = Package(
     "torch",
@@ -380,7 +388,7 @@ def _choices(
         "image decoding": decoding,
         "attention": "PyTorch's scaled_dot_product_attention, chosen by transformers; in training "
         + ("the first of flash-attn, torch-varlen, xformers and flex that can run" if gpus else "sequence by sequence")
-        + "; the log says which",
+        + "; the log says which; in answering flash_decode",
         "optimizer": "torch.optim.AdamW(fused=True)",
         "processes": processes,
         "precision": precision,

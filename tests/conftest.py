@@ -220,6 +220,22 @@ def make_tower(tower_config):
 
 
 @pytest.fixture(scope="session")
+def talker(make_llm, make_tower):
+    """A model that goes on talking, in words, of which the alignment level decides many."""
+    from aligngpt import AlignGPTForConditionalGeneration
+
+    llm = make_llm("llama", max_position_embeddings=4096)
+    model = AlignGPTForConditionalGeneration.from_parts(llm, make_tower("clip"))
+    model.generation_config.eos_token_id = None  # a random model must not stop at chance
+    model.generation_config.suppress_tokens = list(range(259))  # words only: its bytes would make no characters
+    with torch.no_grad():
+        for layer in model.model.decoder_layers:
+            layer.self_attn.v_proj.weight *= 8
+            layer.self_attn.o_proj.weight *= 8
+    return model
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     from transformers import AutoTokenizer
 

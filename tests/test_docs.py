@@ -5,8 +5,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,6 +27,35 @@ def test_the_ops_snippet_runs_alone(document):
     exec(snippet, names)
     result = names["embeddings" if document == "README.md" else "inputs_embeds"]
     assert tuple(result.shape) == (1, 21, 64)
+
+
+@pytest.fixture(scope="module")
+def workplace(talker, tokenizer, tmp_path_factory):
+    """A folder in which the snippets' paths exist: a model and the picture of a cat."""
+    from aligngpt import AlignGPTProcessor
+    from aligngpt.processor import AlignGPTImageProcessor
+
+    folder = tmp_path_factory.mktemp("workplace")
+    model = folder / "runs/stage-2/model"
+    talker.save_pretrained(model)
+    AlignGPTProcessor.for_model(talker.config, AlignGPTImageProcessor(56), tokenizer).save_pretrained(model)
+    Image.new("RGB", (64, 48), "gray").save(folder / "cat.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/answering.md", "docs/ecosystem.md"])
+def test_the_model_snippet_answers(document, workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    (snippet,) = (block for block in blocks(document, "python") if "runs/stage-2/model" in block)
+    asked = [{"role": "user", "content": [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What?"}]}]
+    names: dict[str, Any] = {"conversations": [asked, asked]}
+    exec(snippet, names)
+    if "tokens" in names:
+        assert names["tokens"].shape == (1, names["inputs"]["input_ids"].shape[1] + 64)
+    if "print(" in snippet:
+        assert capsys.readouterr().out.strip()
+    if "requests" in names:
+        assert names["answer"].text
 
 
 def test_links_lead_somewhere():

@@ -7,43 +7,35 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import aligngpt.chat
-from aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
-from aligngpt.chat import Chat, _Streamer
+from aligngpt import AlignGPTProcessor
+from aligngpt.chat import Chat
 from aligngpt.cli import main
+from aligngpt.generate import Engine, Request
 from aligngpt.processor import AlignGPTImageProcessor
+from aligngpt.streaming import TextStream
 
-WINDOW = 8192  # tokens; answers as long as this take minutes
+WINDOW = 4096  # tokens of `talker`; answers as long as this take minutes
 QUESTIONS = ("What is in the image?", "And now </s> why?")
 
 
 @pytest.fixture(scope="module")
-def model(make_llm, make_tower):
-    llm = make_llm("llama", max_position_embeddings=WINDOW)
-    model = AlignGPTForConditionalGeneration.from_parts(llm, make_tower("clip"))
-    model.generation_config.eos_token_id = None  # a random model must not stop at chance
-    model.generation_config.suppress_tokens = list(range(259))  # words only: its bytes would make no characters
-    with torch.no_grad():
-        for layer in model.model.decoder_layers:  # louder attention, so that the level decides what is said
-            layer.self_attn.v_proj.weight *= 8
-            layer.self_attn.o_proj.weight *= 8
-    return model
+def model(talker):
+    return talker
 
 
 @pytest.fixture
 def make_chat(model, tokenizer):
     def make(template: str = "v1", **options) -> Chat:
         processor = AlignGPTProcessor.for_model(model.config, AlignGPTImageProcessor(56), tokenizer, template)
-        return Chat(model, processor, **({"max_new_tokens": 30} | options))
+        return Chat(Engine(model, processor, max_batch_size=1), **({"max_new_tokens": 30} | options))
 
     return make
 
@@ -100,47 +92,6 @@ def test_the_pieces_are_the_answer_and_history_enters_the_next_prompt(make_chat,
     )
 
 
-def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token, so most characters here are two to four."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-
-
-@pytest.mark.parametrize("kind", ["sentencepiece", "byte level"])
-def test_no_half_character_is_shown_and_no_special_token(make_chat, kind, tokenizer):
-    chat = make_chat()
-    tokenizer = tokenizer if kind == "sentencepiece" else byte_level_tokenizer()
-    chat.processor = AlignGPTProcessor(chat.processor.image_processor, tokenizer)
-    text = " née\n  日本 ✅ . zwei 🇫🇷 "
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    streamer = _Streamer(chat.processor)
-    streamer.put(torch.tensor([ids]))  # the prompt
-    pieces = []
-    for token in [*ids, tokenizer.eos_token_id]:
-        streamer.put(torch.tensor([token]))
-        while not streamer.pieces.empty():
-            pieces.append(streamer.pieces.get())
-    assert "".join(pieces).strip() == text.strip()  # the end token is the last, and not shown
-    assert not any("\ufffd" in piece for piece in pieces)
-    assert len(pieces) > 5
-    streamer.end()
-    assert streamer.pieces.empty()
-
-    cut = _Streamer(chat.processor)  # an answer that is cut inside a character is shown as the tokenizer shows it
-    cut.put(torch.tensor([ids]))
-    half = tokenizer("a✅", add_special_tokens=False)["input_ids"][:-1]
-    for token in half:
-        cut.put(torch.tensor([token]))
-    cut.end()
-    shown = ""
-    while not cut.pieces.empty():
-        shown += cut.pieces.get()
-    assert shown == tokenizer.decode(half, skip_special_tokens=True)
-
-
 def test_a_fixed_level_is_generate_with_that_level(make_chat, place):
     answers = set()
     for level in (0, 3, 7):
@@ -192,38 +143,86 @@ def test_a_mode_without_a_gate_says_so(make_chat, monkeypatch, mode):
 
 def test_an_answer_that_is_stopped_stays_in_the_history(make_chat):
     chat = make_chat(max_new_tokens=500)
-    threads = set(threading.enumerate())
     answer = chat.answer("Go on?")
     said = next(answer) + next(answer)
     answer.close()
-    assert set(threading.enumerate()) <= threads  # the model works no more
     assert [message["content"] for message in chat.history] == ["Go on?", said.strip()]
+    assert not chat.engine.step()  # the model works no more
+
+    said = []
+    for piece in chat.answer("And on?"):  # stopped from elsewhere, it ends by itself
+        said.append(piece)
+        if len(said) == 3:
+            chat.stop()
+    assert 3 <= len(said) < 20
+    assert [message["content"] for message in chat.history[2:]] == ["And on?", "".join(said).strip()]
+
+    for _ in chat.answer("Forget it?"):
+        chat.reset()
+    assert chat.history == []
 
 
-def test_an_error_in_the_thread_reaches_the_caller(make_chat, place, monkeypatch):
+def test_the_last_question_is_answered_again_at_another_level(make_chat, place):
+    chat = make_chat()
+    with pytest.raises(ValueError, match="no question was asked yet"):
+        next(chat.again())
+    picture = chat.show(place / "my car.png")
+    first = "".join(chat.answer(QUESTIONS[0]))
+    chat.fix_level(3)
+    second = "".join(chat.again())
+    inputs = chat.processor.apply_chat_template(asked(picture, QUESTIONS[0]), tokenize=True)
+    assert second == generated(chat, inputs, align_levels=torch.tensor([3])) != first
+    assert [message["content"] for message in chat.history[1:]] == [second.strip()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat.model.model, "embed", broken)
+        with pytest.raises(RuntimeError, match="no kernel for this"):
+            list(chat.again())
+    assert [message["content"] for message in chat.history[1:]] == [second.strip()]
+    answer = chat.answer("And now?")
+    next(answer)
+    for other in (chat.answer("What else?"), chat.again()):
+        with pytest.raises(ValueError, match="a question of this conversation is being answered"):
+            next(other)
+
+
+def broken(*args, **kwargs):
+    raise RuntimeError("no kernel for this")
+
+
+def test_an_error_of_the_engine_reaches_the_caller(make_chat, place, monkeypatch):
     chat = make_chat()
     chat.show(place / "my car.png")
-
-    def fail(**kwargs):
-        raise RuntimeError("no kernel for this")
-
-    monkeypatch.setattr(chat.model, "generate", fail)
+    monkeypatch.setattr(chat.model.model, "embed", broken)
     with pytest.raises(RuntimeError, match="no kernel for this"):
         list(chat.answer("What?"))
     assert chat.history == []
     assert len(chat.pictures) == 1
 
 
-def saying(text: str, processor: AlignGPTProcessor):
-    """A `generate` that says `text`."""
+class Said:
+    """An answer that says a text, as the engine's would."""
 
-    def generate(input_ids, streamer, **kwargs):
-        streamer.put(input_ids)
-        for token in processor.tokenizer(text, add_special_tokens=False)["input_ids"]:
-            streamer.put(torch.tensor([token]))
-        streamer.end()
+    finish_reason, align_weights = "length", None
 
-    return generate
+    def __init__(self, text: str, processor: AlignGPTProcessor, request: Request):
+        self.text, self.processor, self.request = text, processor, request
+
+    def __iter__(self) -> Iterator[str]:
+        stream = TextStream(self.processor, self.request.sampling.stop)
+        for token in self.processor.tokenizer(self.text, add_special_tokens=False)["input_ids"]:
+            if piece := stream.add(token):
+                yield piece
+            if stream.stopped:
+                return
+        yield stream.end()
+
+    def cancel(self) -> None:
+        pass
+
+
+def saying(text: str, chat: Chat):
+    """What the engine's `submit` would be if the model said `text`."""
+    return lambda request: Said(text, chat.processor, request)
 
 
 def test_fault_24_marks_in_words_never_stand_for_pictures(make_chat, place, monkeypatch):
@@ -232,18 +231,17 @@ def test_fault_24_marks_in_words_never_stand_for_pictures(make_chat, place, monk
     with pytest.raises(ValueError, match="the question holds <image>"):
         list(chat.answer("What is <image>?"))
     with monkeypatch.context() as patch:
-        patch.setattr(chat.model, "generate", saying("an <image> here", chat.processor))
+        patch.setattr(chat.engine, "submit", saying("an <image> here", chat))
         assert "".join(chat.answer("What?")) == "an <image> here"
     inputs = chat.processor.apply_chat_template(asked(picture, "What?", "an image here", "Why?"), tokenize=True)
     assert "".join(chat.answer("Why?")) == generated(chat, inputs)
-    assert (chat._asked["input_ids"] == 321).sum() == 16
+    assert (inputs["input_ids"] == 321).sum() == 16
 
 
 def test_sampling_follows_its_seed(make_chat):
     answers = []
     for seed in (3, 3, 4):
-        chat = make_chat(temperature=2.0, top_p=0.9)
-        torch.manual_seed(seed)
+        chat = make_chat(temperature=2.0, top_p=0.9, seed=seed)
         answers.append("".join(chat.answer("Well?")))
     assert answers[0] == answers[1] != answers[2]
     for name, value in (("temperature", -1), ("temperature", float("nan")), ("top_p", 0), ("max_new_tokens", 0)):
@@ -258,15 +256,15 @@ def test_a_model_after_stage_1_captions(make_chat, place, monkeypatch):
     assert chat.level == 7  # its gate has not been trained
     picture = chat.show(place / "my car.png")
     seen = []
-    say = saying("a red car\nnext", chat.processor)
-    monkeypatch.setattr(chat.model, "generate", lambda **inputs: seen.append(inputs) or say(**inputs))
+    say = saying("a red car\nnext", chat)
+    monkeypatch.setattr(chat.engine, "submit", lambda request: seen.append(request) or say(request))
     only = [{"role": "user", "content": [{"type": "image", "image": picture}]}]
     expected = chat.processor.apply_chat_template(only, tokenize=True)
     for level in (7, 0):
         chat.fix_level(level)
         assert "".join(chat.answer("words")) == "a red car"  # of the same picture
-        assert torch.equal(seen[-1]["input_ids"], expected["input_ids"])
-        assert seen[-1]["align_levels"].tolist() == [level]
+        assert torch.equal(seen[-1].inputs["input_ids"], expected["input_ids"])
+        assert seen[-1].level == level
     chat.show(place / "my car.png")
     assert len(chat.pictures) == 1
 
@@ -312,7 +310,8 @@ def test_mistakes_are_sentences_and_the_conversation_goes_on(place, monkeypatch,
         "/gate": "no question was asked yet, so the gate has seen nothing",
         "/stop": "/stop is no command; there are /image, /level, /gate, /reset, /help, /quit",
         "<image>": "the question holds <image>, which stands for a picture; give its file as an image",
-        "long " * WINDOW: f"tokens; the model reads {WINDOW}, its answer included: ask something shorter or start anew",
+        "long "
+        * WINDOW: f"tokens; the model reads 1 to {WINDOW}, its answer included: ask something shorter or start anew",
     }
     type_in(monkeypatch, *mistakes, "Hm?")
     assert main(["chat", str(place / "model"), "--max-new-tokens", "20", "--device", "cpu"]) == 0
@@ -360,9 +359,8 @@ def test_ctrl_c_stops_the_answer_alone(make_chat, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr("sys.stdout", terminal)
     monkeypatch.setattr("builtins.input", typed)
-    threads = set(threading.enumerate())
     aligngpt.chat.converse(chat)
-    assert set(threading.enumerate()) <= threads
+    assert not chat.engine.step()
     assert terminal.getvalue().endswith("\n\na new conversation\n\n")
     assert len(terminal.getvalue()) < 200  # of 500 tokens
 
@@ -373,7 +371,7 @@ def test_a_terminal_gets_no_control_characters(make_chat, monkeypatch):
             return True
 
     chat = make_chat()
-    monkeypatch.setattr(chat.model, "generate", saying("a\x1b[2J\tb\nc", chat.processor))
+    monkeypatch.setattr(chat.engine, "submit", saying("a\x1b[2J\tb\nc", chat))
     for stdout, shown in ((Terminal(), "a[2J\tb\nc\n"), (io.StringIO(), "a\x1b[2J\tb\nc\n")):
         monkeypatch.setattr("sys.stdout", stdout)
         aligngpt.chat._print(chat.answer("Hm?"))
@@ -386,9 +384,11 @@ def test_a_terminal_gets_no_control_characters(make_chat, monkeypatch):
         (("--image", "/nowhere.png"), "/nowhere.png: no such file"),
         (("--level", "8"), "level is 8; this model has levels 0 to 7"),
         (("--prompt", ""), "the question is empty"),
-        (("--temperature", "-1"), "temperature is -1.0; it needs to be a number of at least 0"),
+        (("--temperature", "-1"), "temperature is -1.0; it needs to be a float32 number of at least 0"),
         (("--device", "abacus"), "--device is 'abacus'; it needs to be auto, cpu, cuda or cuda:N"),
         (("--device", "cuda:99"), "--device is 'cuda:99'; torch sees"),
+        (("--web",), "--web is given beside --prompt or --image; questions and pictures go into the page"),
+        (("--max-length", "5000"), "max_length is 5000; it needs to be 2 to 4096, the model's window"),
     ],
 )
 def test_one_shot_refuses_with_one_sentence(place, capsys, options, message):
@@ -397,6 +397,17 @@ def test_one_shot_refuses_with_one_sentence(place, capsys, options, message):
     assert out == ""
     assert err.startswith(f"aligngpt chat: {message}")
     assert err.count("\n") == 1
+
+
+def test_an_llm_that_the_engine_cannot_run_is_refused(place, tmp_path, capsys):
+    shutil.copytree(place / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["text_config"]["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    assert main(["chat", str(tmp_path / "model"), "--prompt", "What?"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "its rope_type 'dynamic' turns every row by the length of the longest" in err
 
 
 def test_a_folder_that_is_none_asks_no_hub(tmp_path, capsys):

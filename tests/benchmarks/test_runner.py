@@ -527,6 +527,8 @@ def test_every_requirement_has_its_cases_and_contenders():
     numbers = {"us": 2.0, "wall_us": 2.0, "syncs": 0, "peak_bytes": 2, "quartiles_us": [1.0, 3.0], "host_bound": 0}
     numbers["error_in_plain_errors"] = 0.5
     numbers |= {"mfu": 0.5, "flops": 1e12, "layers": 2, "tokens": 100, "images": 1, "planned_bytes": 2}
+    numbers |= {"first_tokens_ms": 1.0, "ms_per_token": 2.0, "new_tokens": 3, "new_tokens_per_second": 500.0}
+    numbers |= {"answers_per_second": 4.0, "first_call_seconds": 5.0, "syncs_per_token": 0.0}
     cases = all_cases()
     records = {
         case.name: {

@@ -1,0 +1,96 @@
+"""The benchmark of answering, on a model of a few thousand weights: everybody is right, who is not is named."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_generate, report
+from benchmarks.bench_generate import Work, contender, images_case, one_case, ours, shortfall, texts_case
+from benchmarks.bench_step import SMALLEST
+from benchmarks.case import ROOM, Case, run_case
+from benchmarks.gpu import run_cases
+from benchmarks.measure import Ceilings
+from benchmarks.results import Results
+
+CPU = torch.device("cpu")
+TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+MICRO = SMALLEST._replace(scale=144, vocabulary=64, width=32, mlp=64, layers=2, heads=2, tower=TOWER)
+WORK = Work(MICRO, text=5, new=6, requests=1, pictures=True, dtype=torch.float32)
+TEXTS = WORK._replace(text=WORK.prompt, pictures=False, requests=3)
+
+
+def eager(case: Case) -> Case:
+    """Without those who compile for many seconds."""
+    quick = {name: contender for name, contender in case.contenders.items() if "compiled" not in name}
+    return dataclasses.replace(case, contenders=quick)
+
+
+def test_all_contenders_choose_what_a_whole_pass_would(tmp_path: Path, monkeypatch):
+    """And a results file has what is recorded of them."""
+    cases = [eager(one_case(WORK)), images_case(WORK._replace(requests=5), 2), texts_case(TEXTS)]
+    results = Results(tmp_path, "a CPU", "none")
+    assert run_cases(cases, results, CPU, Ceilings(1e9, 1e9), float("inf"), seconds=0) == 0
+    content = json.loads(results.path.read_text())
+    for name, record in content["cases"].items():
+        assert "failed" not in record, (name, record)
+        for contender_name, found in record["contenders"].items():
+            assert {"ms_per_token", "answers_per_second"} < found.keys() or "absent" in found, (contender_name, found)
+    one, images, texts = content["cases"].values()
+    assert one["contenders"]["ours"]["choice_us"].keys() == {"greedy", "top-p", "penalty"}
+    assert sum("us" in found for found in images["contenders"].values()) == 4
+    assert "us" in texts["contenders"]["continuous batching"]
+    summary = report.summary(content)
+    lines = {line.split("  ")[0]: line for line in summary.splitlines()}
+    assert "unmeasured" not in lines["answering at 7B, one: tokens/s after the first"]
+    assert "unmeasured" not in lines["answering at 7B, 48 with an image: images/s"]
+    assert "ms to the first tokens" in summary
+
+
+@pytest.mark.parametrize("wrong", ["another token", "another request", "a token too few"])
+def test_wrong_answers_are_named(wrong: str):
+    def forged(asked, **options):
+        right = ours(asked, **options)
+
+        def answer(new):
+            tokens = right(new)
+            if wrong == "another token":
+                tokens[1, -1] = (tokens[1, -1] + 1) % MICRO.vocabulary
+            return tokens.flip(0) if wrong == "another request" else tokens[:, :-1] if "few" in wrong else tokens
+
+        return answer
+
+    case = images_case(WORK._replace(requests=3), 2)
+    case = dataclasses.replace(
+        case, contenders={"forged": contender(forged, rows=3), "ours": contender(ours, rows=3)}, absent={}
+    )
+    found = run_case(case, CPU, seconds=0)
+    assert "wrong" in found["forged"], found
+    assert "us" in found["ours"]
+
+
+def test_16_bits_are_judged_by_32():
+    """Rounding moves the choices of a bfloat16 model within what is allowed, and other weights do not."""
+    asked = bench_generate.make(CPU, WORK._replace(dtype=torch.bfloat16, new=12))
+    exact = bench_generate.in_wider_dtype(asked.peer)
+    prompt, answer = asked.prompts[0], torch.arange(12)
+    wide = bench_generate.logits_of(exact, prompt, answer)
+    assert wide.dtype == torch.float32
+    copied = bench_generate.twin(asked.peer).float()
+    torch.testing.assert_close(wide, bench_generate.logits_of(copied, prompt, answer))
+    assert all(weight.dtype == torch.bfloat16 for weight in exact.model.language_model.parameters()), "given back"
+    (lacking,) = shortfall(asked, [ours(asked, 1)(12)])
+    assert 0 < asked.error < 0.2
+    assert lacking.max() <= 4 * asked.error
+    (lacking,) = shortfall(asked, [torch.arange(12)[None]])
+    assert lacking.max() > 8 * 2 * asked.error
+
+
+def test_cases_of_a_gpu_are_those_of_the_requirement():
+    one, images, static, texts = bench_generate.cases()
+    assert one.bytes / 128 == pytest.approx(13.2e9, rel=0.01)
+    for case, said in ((one, "1 x 704"), (images, "48 x 704"), (static, "1 x 704"), (texts, "48 x 704")):
+        assert said in case.name
+        assert case.input_bytes * ROOM < 78e9, "an H100 holds it"

@@ -10,7 +10,7 @@ CPU. All contenders of a case do the same samples and count as wrong unless thei
     plain       a step of each of the stages, beside the same model in a plain padded loop (plain.py). After a step
                 the weights must be the same too
     MFU         a step at the shapes of 7B, one micro-batch of the preset's token budget and as many layers as fit, for
-                each way of checkpointing. FLOPs as SPEC counts them (training/plan.py)
+                each way of checkpointing. FLOPs as training/plan.py counts them
 
 On a GPU all have the shapes of 7B. On a CPU the models are small and the lengths are divided by 4 or 9; what has MFU as
 its result needs a GPU.
@@ -201,7 +201,7 @@ class Step(NamedTuple):
 
 def ready(loaded: Loaded, device: torch.device) -> Step:
     assert loaded.batches is not None
-    batches = [batch.to(device, non_blocking=False) for batch in loaded.batches]
+    batches = [batch.to(device) for batch in loaded.batches]
     return Step(
         batches,
         sum(batch.num_supervised for batch in batches),

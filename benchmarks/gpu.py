@@ -31,16 +31,16 @@ GRACE_SECONDS = 15  # after its time, until a process counts as hung
 
 
 def all_cases() -> list[Case]:
-    """Those of requirements first; decoding, which has the most, last. Training needs packages that kernels do not."""
+    """Those of requirements first; decoding, which has the most, last. Training and answering need more packages."""
     files: list[Any] = [bench_projector, bench_injection, bench_chain, bench_loss, bench_gate]
     try:
-        from benchmarks import bench_step
+        from benchmarks import bench_generate, bench_step
 
-        files.append(bench_step)
+        files += [bench_step, bench_generate]
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in OURS:
             raise
-        print(f"left out: the training step, the package {error.name} is not installed", flush=True)
+        print(f"left out: training and answering, the package {error.name} is not installed", flush=True)
     return [case for file in [*files, bench_decode] for case in file.cases()]
 
 

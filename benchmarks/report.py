@@ -57,6 +57,23 @@ def best_peer(record: Record) -> float:
     return min(times) / result(record, "ours")
 
 
+def best(unit: str) -> Callable[[Record], float]:
+    """The largest of our contenders."""
+
+    def measure(record: Record) -> float:
+        contenders = record["contenders"]
+        found = [r[unit] for name, r in contenders.items() if name.startswith("ours") and unit in r]
+        return max(found) if found else result(record, "ours", unit)
+
+    return measure
+
+
+def share_of_weights(record: Record) -> float:
+    """The least time in which the weights are read, divided by that of a token after the first."""
+    floor = record["bytes"] / result(record, "ours", "new_tokens") / record["ceilings"]["bytes_per_second"]
+    return floor / (result(record, "ours", "ms_per_token") * 1e-3)
+
+
 def share_of_copy(record: Record) -> float:
     return record["bytes"] / (result(record, "ours") * 1e-6) / record["ceilings"]["bytes_per_second"]
 
@@ -144,6 +161,23 @@ LINES = [
         Line(f"step vs a plain loop, {stage}", group(f"step beside a plain loop, {stage}"), ratio("plain loop"))
         for stage in ("pretrain", "finetune")
     ),
+    Line(
+        "answering at 7B, one: tokens/s after the first",
+        group("generate one"), lambda r: 1e3 / result(r, "ours", "ms_per_token"), 170, 195,
+    ),
+    Line("the same: share of what reading the weights allows", group("generate one"), share_of_weights),
+    Line(
+        "the same: waits for the device a token",
+        group("generate one"), lambda r: result(r, "ours", "syncs_per_token"), 0, at_most=True,
+    ),
+    Line("the same vs generate", group("generate one"), ratio("generate", unit="ms_per_token")),
+    Line(
+        "the same vs generate, static cache",
+        group("generate one, static cache"), ratio("generate, static cache", unit="ms_per_token"),
+    ),
+    Line("answering at 7B, 48 with an image: images/s", group("generate images"), best("answers_per_second"), 16, 20),
+    Line("the same vs generate, all at once", group("generate images"), best_of_ours("generate, all at once")),
+    Line("the same without an image vs continuous batching", group("generate texts"), ratio("continuous batching")),
 ]  # fmt: skip
 
 
@@ -219,7 +253,7 @@ def describe(name: str, record: Record) -> str:
         for unit, text in (("wall_us", "{:.1f} µs wall"), ("syncs", "{} syncs"), ("peak_bytes", "{:.3e} bytes peak")):
             said += f", {text.format(found[unit])}" if unit in found else ""
         said += f", host-bound {found['host_bound']:.0%}" if found["host_bound"] else ""
-        lines += [said, *_of_step(found, record)]
+        lines += [said, *_of_step(found, record), *_of_answers(found)]
     return "\n".join(lines)
 
 
@@ -238,4 +272,22 @@ def _of_step(found: Record, record: Record) -> list[str]:
     if "stages_ms" in found:
         total = sum(found["stages_ms"].values())
         lines += [f"    {stage:<32}{ms:>9.1f} ms{ms / total:>7.1%}" for stage, ms in found["stages_ms"].items() if ms]
+    return lines
+
+
+def _of_answers(found: Record) -> list[str]:
+    """What answering says of itself beside its time."""
+    if "ms_per_token" not in found:
+        return []
+    lines = [
+        f"    {found['first_tokens_ms']:.1f} ms to the first tokens, {found['ms_per_token']:.3f} ms for each after; "
+        f"{found['new_tokens_per_second']:.0f} tokens/s, {found['answers_per_second']:.2f} answers/s; "
+        f"the first call took {found['first_call_seconds']:.0f} s"
+    ]
+    if "syncs_per_token" in found:
+        lines[0] += f"; {found['syncs_per_token']:g} waits for the device a token"
+    if "choice_us" in found:
+        lines.append(
+            "    choosing alone: " + ", ".join(f"{us:.0f} µs {kind}" for kind, us in found["choice_us"].items())
+        )
     return lines

@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from .dispatch import Impl, as_autocast, check_devices, check_floats, check_shape, measured_dtype, register, use_triton
 from .gemm import gemm, weight_grad
 
-SECOND_BY_CUBLAS_FROM = 0  # rows; fewer go to `gemm`, whose split of K fills the chip. Not measured yet: all to cuBLAS
+# Rows; fewer go to `gemm`, whose split of K fills the chip. It was slower on an H200 up to 1152 rows: all to cuBLAS.
+SECOND_BY_CUBLAS_FROM = 0
 
 
 def fused_projector_reference(

@@ -218,13 +218,14 @@ def test_processes_that_end_together_say_nothing(tmp_path: Path) -> None:
 
 def test_processes_that_were_terminated_wait_for_each_other(tmp_path: Path) -> None:
     """When the first one's process ends, torchrun terminates the others, whatever they still have to do."""
-    ended = FORK.Event()
+    ended, looked = FORK.Event(), FORK.Barrier(2)
 
     def body(world: Any) -> None:
         if world.rank == 0:
             Finalize(None, ended.set, exitpriority=0)
         else:
             assert not ended.wait(0.2)  # it would come at once
+            looked.wait()  # one that leaves lets the first one go
         raise Terminated
 
     assert three(body, tmp_path, grace=60) == ([143, 143, 143], "")

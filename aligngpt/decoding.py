@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from aligngpt_kernels import flash_decode
+from aligngpt_kernels.decode import MAX_HEAD_DIM
 from aligngpt_kernels.dispatch import as_autocast
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -32,7 +33,6 @@ from transformers.masking_utils import sdpa_mask
 from .attention import varlen_attention
 
 NAME = "aligngpt_decode"
-MAX_HEAD_SIZE = 256  # of flash_decode's kernel
 _HOLES = (  # no quotes, since the compiler pastes it into C++, and under 255 characters, since the GPU copies it
     f"attention_mask has zeros between its ones; {NAME} needs all zeros before the ones here: pad prompts on the left, "
     "or set the attention to sdpa"
@@ -122,7 +122,7 @@ def decode_attention(
         starts, ends = attention_mask[:, 0, 0].unbind(1)
         if sliding_window is not None:
             starts = torch.maximum(starts, ends - sliding_window)
-        fits = key.shape == value.shape and query.shape[3] <= MAX_HEAD_SIZE
+        fits = key.shape == value.shape and query.shape[3] <= MAX_HEAD_DIM
         if plain and fits and not dropout:
             query, key, value = as_autocast(query, key, value)
             with torch.autocast(query.device.type, enabled=False):  # the op's sums are in float32

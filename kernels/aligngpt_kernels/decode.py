@@ -89,6 +89,9 @@ def _decode_on_host(
     return out
 
 
+MAX_HEAD_DIM = 256  # that the kernel takes
+
+
 class DecodeTile(NamedTuple):
     """Layout of one program: `heads` query heads of one key head, `block_n` keys at a time."""
 
@@ -483,8 +486,8 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 
 def _why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    if q.shape[3] > 256:
-        return f"its head dim is {q.shape[3]}, and the kernel takes 256 at most"
+    if q.shape[3] > MAX_HEAD_DIM:
+        return f"its head dim is {q.shape[3]}, and the kernel takes {MAX_HEAD_DIM} at most"
     if _needs_gradient(q, k, v):
         return "an input requires a gradient, and the kernel has no backward"
     return None

@@ -290,6 +290,7 @@ def tables() -> dict[str, Table]:
         "projector": Table(gemm, "gemm_tile", products, product_cases, gemm_fits),
         "weight_grad": Table(gemm, "weight_grad_tile", grads, weight_grad_cases, weight_grad_fits),
         "decode": Table(decode, "decode_tile", keys, decode_cases, decode_fits),
+        "splits": Table(decode, "table_splits", {"": [1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 43, 64]}, decode_cases),
         "loss": Table(loss, "row_tile", rows, loss_cases, row_fits),
         "loss_chunk": Table(loss, "chunk_rows", {"": [256, 512, 1024, 1280, 2560]}, loss_cases),
     }

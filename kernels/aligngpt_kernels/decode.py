@@ -101,7 +101,7 @@ class DecodeTile(NamedTuple):
     block_h: int  # `heads`, padded
     block_d: int  # the head dim, padded
     block_n: int
-    block_s: int  # splits combined at a time
+    block_s: int  # partial results on their way at a time
     num_stages: int
     num_warps: int
     programs_per_multiprocessor: int
@@ -128,19 +128,26 @@ def decode_tile(heads_per_kv: int, head_dim: int, element_bytes: int, chip: Chip
     # at a time, and many heads need more registers a key.
     block_n = max(8192 // (block_d * element_bytes), 4 * num_warps if dot else 8)
     block_n = min(block_n, 64, 2 * block_d, 1024 // block_h)
-    block_s = min(max(2048 // (triton.next_power_of_2(heads) * block_d), 1), 16)
+    # 64 registers of a thread's 128 for them, and no more than was tried.
+    block_s = min(max(64 * 32 * num_warps // (triton.next_power_of_2(heads) * block_d), 1), 8)
     in_flight = (num_stages - 1) * 2 * block_n * block_d * element_bytes
     scratch = block_h * (block_d + block_n) * element_bytes  # queries and weights, on their way to the tensor cores
     programs = max(min(chip.shared_bytes // (in_flight + scratch + 1024), THREADS // (32 * num_warps)), 1)
     return DecodeTile(dot, heads, head_groups, block_h, block_d, block_n, block_s, num_stages, num_warps, programs)
 
 
-START_BYTES = 8192  # that a program's share of the bandwidth would have moved while it waits for its first keys
-ALONE = 2  # times its share of the bandwidth, what a program draws where few others run
-COMBINE = 16  # times its share of the bandwidth, what a program that combines reads from the L2 cache
+# In bytes that a program's share of the bandwidth moves meanwhile, 8 KiB a microsecond on an H200. Fitted to 24 shapes
+# there, each in up to 20 ways to split it: MHA and GQA, 1 to 64 rows of 704 to 32768 keys, bfloat16.
+START_BYTES = 10240  # until a program has its first keys
+SPLIT_BYTES = 2048  # until the last program of a row knows that it is
+BATCH_BYTES, SINGLE_BYTES = 16384, 4096  # `at_once` partial results together; one of the rest, which are read in turn
+# Times its share of the bandwidth, what a program draws where few others run: from the start; after whole waves.
+ALONE, TAIL = 3.6, 2.3
 
 
-def split_cost(splits: int, rows: int, num_blocks: int, block_bytes: int, partial_bytes: int, slots: int) -> float:
+def split_cost(
+    splits: int, rows: int, num_blocks: int, block_bytes: int, partial_bytes: int, at_once: int, slots: int
+) -> float:
     """Bytes that a program's share of the bandwidth could move meanwhile: the model that `split_count` minimises.
 
     `slots` programs run at a time. A wave of them takes as long as the blocks of one, its start, and its partial result
@@ -148,14 +155,15 @@ def split_cost(splits: int, rows: int, num_blocks: int, block_bytes: int, partia
     """
     blocks = -(-max(num_blocks, 1) // splits)
     splits = -(-max(num_blocks, 1) // blocks)
-    partial_bytes *= splits > 1
+    split = splits > 1
     waves, rest = divmod(rows * splits, slots)
-    last = max(rest / slots, 1 / ALONE) if rest else 0
-    return (waves + last) * (blocks * block_bytes + START_BYTES + 2 * partial_bytes) + splits * partial_bytes / COMBINE
+    last = math.hypot(rest / slots, 1 / (TAIL if waves else ALONE)) if rest else 0
+    combine = SPLIT_BYTES + splits // at_once * BATCH_BYTES + splits % at_once * SINGLE_BYTES
+    return (waves + last) * (blocks * block_bytes + START_BYTES + 2 * partial_bytes * split) + combine * split
 
 
 @functools.cache
-def split_count(rows: int, num_blocks: int, block_bytes: int, partial_bytes: int, slots: int) -> int:
+def split_count(rows: int, num_blocks: int, block_bytes: int, partial_bytes: int, at_once: int, slots: int) -> int:
     """How many programs share the `num_blocks` blocks of a row; `rows` counts programs without splitting.
 
     The cheapest count by `split_cost`, and no threshold on the batch: a batch just above what fills the chip is split
@@ -167,7 +175,7 @@ def split_count(rows: int, num_blocks: int, block_bytes: int, partial_bytes: int
     whole_waves = {wave * slots // rows for wave in range(first_wave, first_wave + 16)}
     parts_of_a_wave = {max(slots // (rows * part), 1) for part in range(1, 9)}
     counts = sorted({min(count, longest) for count in {*range(1, 65), *whole_waves, *parts_of_a_wave}})
-    cost = {count: split_cost(count, rows, num_blocks, block_bytes, partial_bytes, slots) for count in counts}
+    cost = {count: split_cost(count, rows, num_blocks, block_bytes, partial_bytes, at_once, slots) for count in counts}
     cheapest = min(counts, key=lambda count: cost[count])
     return max(count for count in counts if count <= max(cheapest, 8) and cost[count] <= 1.02 * cost[cheapest])
 
@@ -222,34 +230,28 @@ def _combine(
     BLOCK_G: tl.constexpr,  # HEADS, padded
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     # The sum of weights (BLOCK_G,) and of values times weights (BLOCK_G, BLOCK_D) over all splits, in their order.
     # Other multiprocessors wrote what is read: the atomic that acquired it dropped what the L1 cache held, and `.cg`
-    # loads pass by that cache.
+    # loads pass by that cache. The row's maximum comes first, so that no sum waits for another's: a tile of several
+    # splits at once, or a running maximum, costs barriers for each tile and took twice as long.
     o_h = tl.arange(0, BLOCK_G)
     o_d = tl.arange(0, BLOCK_D)
+    m_h = o_h < HEADS
+    m_acc = m_h[:, None] & (o_d < HEAD_DIM)[None, :]
     b_max = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    for i_s in tl.range(0, splits, loop_unroll_factor=BLOCK_S):
+        p_part = p_max_sum + (i_s * HEADS + o_h) * 2
+        b_max = tl.maximum(b_max, tl.load(p_part, mask=m_h, other=float("-inf"), cache_modifier=".cg"))
+    b_base = tl.where(b_max == float("-inf"), 0.0, b_max)
     b_sum = tl.zeros((BLOCK_G,), tl.float32)
     b_acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    for first in tl.range(0, splits, BLOCK_S, num_stages=STAGES):
-        o_s = first + tl.arange(0, BLOCK_S)
-        # (BLOCK_S, BLOCK_G)
-        m_part = (o_s < splits)[:, None] & (o_h < HEADS)[None, :]
-        o_part = o_s[:, None] * HEADS + o_h[None, :]
-        b_part_max = tl.load(p_max_sum + o_part * 2, mask=m_part, other=float("-inf"), cache_modifier=".cg")
-        b_part_sum = tl.load(p_max_sum + o_part * 2 + 1, mask=m_part, other=0.0, cache_modifier=".cg")
-        # (BLOCK_S, BLOCK_G, BLOCK_D)
-        o_acc = o_part[:, :, None] * HEAD_DIM + o_d[None, None, :]
-        m_acc = m_part[:, :, None] & (o_d < HEAD_DIM)[None, None, :]
-        b_part_acc = tl.load(p_acc + o_acc, mask=m_acc, other=0.0, cache_modifier=".cg")
-        b_new = tl.maximum(b_max, tl.max(b_part_max, 0))
-        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_weight = tl.exp2(b_part_max - b_base[None, :])
-        b_fade = tl.exp2(b_max - b_base)
-        b_sum = b_sum * b_fade + tl.sum(b_part_sum * b_weight, 0)
-        b_acc = b_acc * b_fade[:, None] + tl.sum(b_part_acc * b_weight[:, :, None], 0)
-        b_max = b_new
+    for i_s in tl.range(0, splits, loop_unroll_factor=BLOCK_S):
+        p_part = p_max_sum + (i_s * HEADS + o_h) * 2
+        b_weight = tl.exp2(tl.load(p_part, mask=m_h, other=float("-inf"), cache_modifier=".cg") - b_base)
+        b_sum += b_weight * tl.load(p_part + 1, mask=m_h, other=0.0, cache_modifier=".cg")
+        o_acc = (i_s * HEADS + o_h)[:, None] * HEAD_DIM + o_d[None, :]
+        b_acc += b_weight[:, None] * tl.load(p_acc + o_acc, mask=m_acc, other=0.0, cache_modifier=".cg")
     return b_sum, b_acc
 
 
@@ -369,7 +371,7 @@ def _decode_kernel(
     if arrived == active - 1:
         tl.store(p_counter + i_row, 0)
         # (BLOCK_G,), (BLOCK_G, BLOCK_D)
-        b_row_sum, b_row_acc = _combine(p_acc, p_max_sum, active, HEADS, HEAD_DIM, BLOCK_G, BLOCK_D, BLOCK_S, STAGES)
+        b_row_sum, b_row_acc = _combine(p_acc, p_max_sum, active, HEADS, HEAD_DIM, BLOCK_G, BLOCK_D, BLOCK_S)
         o_g = tl.arange(0, BLOCK_G)
         m_g = (o_g < HEADS) & (i_group * HEADS + o_g < HEADS_PER_KV)
         b_row = b_row_acc / tl.where(b_row_sum == 0, 1.0, b_row_sum)[:, None]
@@ -418,6 +420,7 @@ def table_splits(
         triton.cdiv(max_length, tile.block_n),
         2 * tile.block_n * head_dim * element_bytes,
         4 * tile.heads * (head_dim + 2),
+        tile.block_s,
         chip.multiprocessors * tile.programs_per_multiprocessor,
     )
 

@@ -75,6 +75,18 @@ def operand(matrix: Tensor, block: tuple[int, int], tma: bool) -> Any:
     return TensorDescriptor.from_tensor(matrix, list(block))
 
 
+@triton.jit
+def add_product(b_a, b_b, b_sum, PRECISION: tl.constexpr):
+    """b_sum + b_a b_b."""
+    if b_a.dtype == tl.float32 and PRECISION == "ieee":
+        # A thread adds these products one after another. A sum of its own for each step along K, then added to those
+        # before, rounds K / 16 + 16 times instead of K; with the last argument the compiler leaves it so.
+        b_sum += tl.dot(b_a, b_b, input_precision=PRECISION, max_num_imprecise_acc=b_a.shape[1])
+    else:
+        b_sum = tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)
+    return b_sum
+
+
 class WeightGradTile(NamedTuple):
     """One program's share of gradᵀ x, and how many rows of both it reads at once."""
 
@@ -143,7 +155,7 @@ def _weight_grad_kernel(
             b_grad = load_tile(grad, i_m, i_n * BLOCK_N, num_rows, num_n, stride_grad, TMA, BLOCK_M, BLOCK_N)
             # (BLOCK_M, BLOCK_K)
             b_x = load_tile(x, i_m, i_k * BLOCK_K, num_rows, num_k, stride_x, TMA, BLOCK_M, BLOCK_K)
-            b_out = tl.dot(tl.trans(b_grad), b_x, b_out, input_precision=PRECISION)
+            b_out = add_product(tl.trans(b_grad), b_x, b_out, PRECISION)
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
         m_out = (o_n < num_n)[:, None] & (o_k < num_k)[None, :]
@@ -390,7 +402,7 @@ def _gemm_kernel(
             else:
                 # (BLOCK_N, BLOCK_K)
                 b_b = tl.trans(load_tile(b, i_n, i_k, num_n, num_k, stride_b, TMA, BLOCK_N, BLOCK_K))
-            b_acc = tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
+            b_acc = add_product(b_a, b_b, b_acc, PRECISION)
         pointers = (p_bias, p_out, p_pre, p_act, p_sums, p_place, p_owner, p_mean)
         sizes = (num_rows, num_n, num_places, rows_per_owner)
         COLUMNS: tl.constexpr = BLOCK_N // SUBTILES

@@ -347,7 +347,7 @@ def test_what_the_kernel_does_not_take(device):
 
 @triton.jit
 def _combine_kernel(p_acc, p_max_sum, p_out, splits, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    b_sum, b_acc = _combine(p_acc, p_max_sum, splits, HEADS, HEAD_DIM, 4, 4, 8, 3)
+    b_sum, b_acc = _combine(p_acc, p_max_sum, splits, HEADS, HEAD_DIM, 4, 4, 8)
     o_h = tl.arange(0, 4)
     o_d = tl.arange(0, 4)
     b_out = b_acc / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
@@ -389,7 +389,7 @@ def test_partial_softmaxes_combine_to_the_softmax_of_the_whole(parts, seed):
 @pytest.mark.parametrize("heads_per_kv", [1, 4])
 @pytest.mark.parametrize("max_length", [704, 2048, 8192, 32768])
 def test_no_batch_is_a_cliff(max_length, heads_per_kv, chip):
-    """By the model of `split_cost`: near the time of the bytes, a start and a block; one row more costs little more."""
+    """By the model of `split_cost`: near bytes, start, block and combination; a row more costs little more."""
     tile = decode_tile(heads_per_kv, 128, 2, chip)
     slots = chip.multiprocessors * tile.programs_per_multiprocessor
     num_blocks = -(-max_length // tile.block_n)
@@ -400,19 +400,46 @@ def test_no_batch_is_a_cliff(max_length, heads_per_kv, chip):
             splits = table_splits(batch, kv_heads, max_length, 128, 2, tile, chip)
             assert 1 <= splits <= num_blocks
             rows = batch * kv_heads
-            cost = split_cost(splits, rows, num_blocks, block_bytes, partial_bytes, slots)
+            cost = split_cost(splits, rows, num_blocks, block_bytes, partial_bytes, tile.block_s, slots)
             streaming = rows * num_blocks * block_bytes / slots
             if rows * num_blocks * block_bytes >= 250e6:
-                assert cost <= 1.15 * (streaming + decode.START_BYTES + block_bytes)
+                combining = decode.SPLIT_BYTES + decode.BATCH_BYTES
+                assert cost <= 1.15 * (streaming + decode.START_BYTES + block_bytes + combining)
             if previous is not None:
                 assert cost <= 1.35 * previous * batch / (batch - 1)
             previous = cost
 
 
+MEASURED = {  # query heads, key heads, batch, length; the counts within 5 % of the fastest on an H200, bfloat16
+    (28, 4, 1, 704): [8],
+    (32, 8, 1, 704): [8],
+    (32, 8, 1, 2048): [8, 11, 16],
+    (32, 8, 1, 32768): [32],
+    (32, 8, 4, 704): [4, 8],
+    (32, 8, 4, 2048): [8],
+    (32, 8, 4, 32768): [8, 11, 16],
+    (32, 8, 16, 704): [2, 3],
+    (32, 8, 16, 8192): [2, 3, 4],
+    (32, 8, 64, 704): [1],
+    (32, 32, 1, 704): [4, 8],
+    (32, 32, 1, 2048): [8],
+    (32, 32, 4, 704): [1, 2],
+    (32, 32, 16, 704): [1],
+    (32, 32, 16, 2048): [1, 2, 4],
+}
+
+
+@pytest.mark.parametrize("shape", MEASURED, ids=str)
+def test_the_chosen_number_of_splits_was_among_the_fastest(shape):
+    heads, kv_heads, batch, length = shape
+    tile = decode_tile(heads // kv_heads, 128, 2, H100)
+    assert table_splits(batch, kv_heads, length, 128, 2, tile, H100) in MEASURED[shape]
+
+
 def test_the_chosen_number_of_splits_is_the_cheapest_or_nearly_so():
     for rows in (1, 7, 32, 132, 527, 528, 529, 1000, 4096):
         for num_blocks in (0, 1, 5, 22, 64, 500):
-            shape = rows, num_blocks, 16384, 1040, 528
+            shape = rows, num_blocks, 16384, 1040, 8, 528
             best = min(split_cost(splits, *shape) for splits in range(1, max(num_blocks, 1) + 1))
             assert split_cost(split_count(*shape), *shape) <= 1.05 * best
 

@@ -36,16 +36,14 @@ from torch import Tensor
 
 from .generate import Answer, Engine, Request
 from .image import open_image
+from .loading import DTYPES, find_device, load_model
 from .sampling import Sampling
 from .text import IMAGE_MARK
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .model import AlignGPTForConditionalGeneration
-    from .processor import AlignGPTProcessor
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEB_ROWS = 4  # answers at a time on the page
 _BAR = 40  # characters of a weight of 1
 
@@ -369,10 +367,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--web is given beside --prompt or --image; questions and pictures go into the page")
     if args.web:
         from . import serving, web  # before the model is read: what they need may be missing
-    device = _device(args.device)
+    device = find_device(args.device)
     pictures = [_open(path) for path in args.image]  # a bad one is found before the model is read
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-    model, processor = _load(args.model, args.dtype)
+    model, processor = load_model(args.model, args.dtype)
     engine = Engine(model.to(device), processor, max_batch_size=WEB_ROWS if args.web else 1, max_length=args.max_length)
 
     def begin() -> Chat:
@@ -402,47 +400,6 @@ def run(args: argparse.Namespace) -> int:
         print()
         return 130
     return 0
-
-
-def _load(folder: str, dtype: str | None) -> tuple[AlignGPTForConditionalGeneration, AlignGPTProcessor]:
-    from transformers.utils import logging
-
-    from .checkpoint import read_config, refuse_code
-    from .config import KNOWN_TOWERS, _tower_config, is_public
-    from .model import AlignGPTForConditionalGeneration
-    from .processor import AlignGPTProcessor
-
-    if not Path(folder).is_dir():
-        raise ValueError(f"MODEL is {folder!r}, which is no folder; it needs to be a folder that holds a model")
-    refuse_code(folder)
-    if is_public(config := read_config(folder)):
-        tower = config.get("mm_vision_tower")
-        try:
-            _tower_config(tower)
-        except ValueError as error:  # its advice is for Python
-            raise ValueError(
-                f"{Path(folder, 'config.json')}: mm_vision_tower is {tower!r}; it needs to be "
-                f"{' or '.join(KNOWN_TOWERS)}, or a local folder that holds the vision tower"
-            ) from error
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    processor = AlignGPTProcessor.from_pretrained(folder)
-    kwargs = {} if dtype is None else {"dtype": DTYPES[dtype]}
-    return AlignGPTForConditionalGeneration.from_pretrained(folder, **kwargs).eval(), processor
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device is {name!r}; it needs to be auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device is {name!r}; torch sees {torch.cuda.device_count()} GPUs here (aligngpt doctor says why)"
-        )
-    return device
 
 
 def _nature(chat: Chat) -> str:

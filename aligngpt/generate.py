@@ -193,6 +193,8 @@ class Engine:
         max_prefill_tokens: of prompts that are read at once, if more than one.
         compile: whether steps are compiled, and on a GPU captured in CUDA graphs. None: on a GPU, unless the model
             is spread over devices.
+        step_rows: numbers of rows that a step may have; fewer answers leave some of them empty. Each is compiled by
+            itself. None: the powers of two; all rows, and no other number, where throughput alone counts.
 
     Raises:
         ValueError: the LLM keeps something other than keys and values, or an argument that means nothing.
@@ -208,6 +210,7 @@ class Engine:
         max_length: int | None = None,
         max_prefill_tokens: int = 8192,
         compile: bool | None = None,
+        step_rows: Sequence[int] | None = None,
     ):
         if hasattr(model, "get_base_model"):  # adapters stay in its layers
             if any(adapter.is_prompt_learning for adapter in model.peft_config.values()):
@@ -216,12 +219,18 @@ class Engine:
                 )
             model = model.get_base_model()
         text_config = model.config.text_config
-        window = _window(text_config)
+        window = window_of(text_config)
         max_length = min(window, LONGEST) if max_length is None else max_length
         for name, value, good, needs in (
             ("max_batch_size", max_batch_size, max_batch_size >= 1, "at least 1"),
             ("max_length", max_length, 2 <= max_length <= window, f"2 to {window}, the model's window"),
             ("max_prefill_tokens", max_prefill_tokens, max_prefill_tokens >= 1, "at least 1"),
+            (
+                "step_rows",
+                step_rows,
+                all(1 <= count <= max_batch_size for count in step_rows or []),
+                f"numbers from 1 to {max_batch_size}, max_batch_size",
+            ),
             ("model.training", model.training, not model.training, "False: call model.eval()"),
         ):
             if not good:
@@ -240,6 +249,8 @@ class Engine:
         self._sampler = Sampler(
             max_batch_size, text_config.vocab_size, max_length, settings.suppress_tokens or [], self.device
         )
+        powers = [1 << power for power in range(max_batch_size.bit_length())]
+        self._step_rows = sorted({max_batch_size, *(powers if step_rows is None else step_rows)})
         self._row_numbers = torch.arange(max_batch_size, device=self.device)
         self._token = torch.zeros(max_batch_size, dtype=torch.long, device=self.device)  # the last one of each row
         self._length = torch.zeros(max_batch_size, dtype=torch.long, device=self.device)  # keys in the cache
@@ -526,7 +537,7 @@ class Engine:
         ]
         if not rows:
             return False
-        num_rows = min(1 << rows[-1].number.bit_length(), self.max_batch_size)
+        num_rows = next(count for count in self._step_rows if count > rows[-1].number)
         visible = self.max_length
         if not self._is_compiled and self.device.type == "cpu":  # what is not in use would be read, too
             longest = max(row.answer.num_prompt_tokens + row.answer._num_computed for row in rows)
@@ -628,7 +639,7 @@ def _compiled(step: Callable[[int, Kind], Tensor]) -> Callable[[int, Kind], Tens
     return run
 
 
-def _window(text_config: Any) -> int:
+def window_of(text_config: Any) -> int:
     """Tokens of the longest row that is answered as if it were alone."""
     window = getattr(text_config, "max_position_embeddings", None) or LONGEST
     for settings in _ropes(text_config):

@@ -358,7 +358,7 @@ class AlignGPTProcessor(ProcessorMixin):
         rendered, pictures, counts = [], [], []
         for number, messages in enumerate(conversations):
             name = f"conversation {number}"
-            turns, found = _turns(messages, name)
+            turns, found = turns_of(messages, name)
             parts = render(
                 turns,
                 self.template,
@@ -458,7 +458,7 @@ def _refuse_unknown(kwargs: Mapping[str, Any], caller: str) -> None:
             raise ValueError(f"{caller} takes no {name}={value!r}; it returns padded PyTorch tensors, whole prompts")
 
 
-def _turns(messages: Sequence[Mapping[str, Any]], name: str) -> tuple[list[Turn], list[Any]]:
+def turns_of(messages: Sequence[Mapping[str, Any]], name: str) -> tuple[list[Turn], list[Any]]:
     """A conversation's turns, and its pictures in order, None where one is missing. ValueError names the message."""
     turns: list[Turn] = []
     pictures: list[Any] = []

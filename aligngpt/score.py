@@ -382,7 +382,7 @@ def _started(args: argparse.Namespace, everyone: Team) -> Scoring:
             raise ValueError(f"{flag} is {value}; it needs a whole number of at least {least}")
     if not in_shards(args.data) and not (args.image_folder and Path(args.image_folder).is_dir()):
         raise ValueError(f"--image-folder is {args.image_folder}; it needs a folder that exists")
-    device = _device(args.device, everyone)
+    device = everyone.device(args.device)
     read = [args.data, args.model, *([args.image_folder] if args.image_folder else [])]
     prepare_folder("--out", args.out, read)
     if everyone.rank:
@@ -399,21 +399,6 @@ def _started(args: argparse.Namespace, everyone: Team) -> Scoring:
         chunk_size=args.chunk_size,
         device=device,
     )
-
-
-def _device(asked: str, everyone: Team) -> torch.device:
-    """The CPU, or the GPU that is this process's."""
-    gpus = torch.cuda.device_count()
-    if asked == "cuda" and not gpus:
-        raise ValueError("--device is cuda, but PyTorch finds no GPU; it needs one, or --device cpu")
-    if asked == "cpu" or not gpus:
-        if everyone.store is not None and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)  # as torchrun does for two processes and more: any number makes the same bits
-        return torch.device("cpu")
-    if everyone.local_rank >= gpus:
-        raise ValueError(f"--nproc-per-node is more than {gpus}, this machine's GPUs; each process needs one")
-    torch.cuda.set_device(everyone.local_rank)
-    return torch.device("cuda", everyone.local_rank)
 
 
 def _write_mine(scoring: Scoring, parts: Sequence[int], workers: int, everyone: Team) -> None:

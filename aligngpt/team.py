@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 Result = TypeVar("Result")
@@ -48,10 +49,29 @@ class Team:
             raise SystemExit(1) from error
         return values
 
+    def device(self, asked: str) -> torch.device:
+        """The CPU, or the GPU that is this process's; `asked` is what --device says: auto, cpu or cuda."""
+        gpus = torch.cuda.device_count()
+        if asked == "cuda" and not gpus:
+            raise ValueError("--device is cuda, but PyTorch finds no GPU; it needs one, or --device cpu")
+        if asked == "cpu" or not gpus:
+            if self.store is not None and "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(1)  # as torchrun does for two processes and more: any number makes the same bits
+            return torch.device("cpu")
+        if self.local_rank >= gpus:
+            raise ValueError(f"--nproc-per-node is more than {gpus}, this machine's GPUs; each process needs one")
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
     @property
     def failed(self) -> bool:
         """Whether the step that all are in has failed in some process."""
         return self.store is not None and self.store.check([_FAILED])
+
+    def fail(self) -> None:
+        """Have the step that all are in end; the step itself must then raise what went wrong here."""
+        if self.store is not None:
+            self.store.set(_FAILED, "")
 
     def agree(self, step: Callable[[], Result]) -> Result:
         """What `step()` gives in this process, once it has gone well in all.
@@ -65,7 +85,7 @@ class Team:
         try:
             result = step()
         except Exception as error:
-            self.store.set(_FAILED, "")
+            self.fail()
             if not isinstance(error, ValueError | OSError):
                 raise
             said = str(error)

@@ -127,6 +127,10 @@ def whole_file(path: str | os.PathLike[str], *, sync: bool = False) -> Iterator[
         if sync:
             sync_to_disk(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # of a write, when the disk is full
+            error.filename = os.fspath(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

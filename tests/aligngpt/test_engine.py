@@ -138,6 +138,20 @@ def test_a_row_that_is_done_is_given_away_while_the_others_go_on(processor, engi
     assert ended == short  # nobody overtakes
 
 
+@pytest.mark.parametrize(("step_rows", "counts"), [(None, [1, 4]), ([5], [5]), ([2], [2, 5])])
+def test_steps_have_the_rows_that_were_asked_for(model, processor, step_rows, counts):
+    """Three answers of 4, 6 and 8 tokens: with one row left some are empty, and nobody is answered otherwise."""
+    engine = Engine(model, processor, max_batch_size=5, step_rows=step_rows)
+    step, seen = engine._run_step, set()
+    engine._run_step = lambda num_rows, kind: seen.add(num_rows) or step(num_rows, kind)
+    asked = [(inputs_of(processor, number), length) for number, length in ((1, 8), (0, 4), (2, 6))]
+    answers = list(engine.run(Request(inputs, Sampling(length)) for inputs, length in asked))
+    assert [answer.tokens for answer in answers] == [generated(model, each, max_new_tokens=n) for each, n in asked]
+    assert sorted(seen) == counts
+    with pytest.raises(ValueError, match=r"step_rows is \[6\]; it needs to be numbers from 1 to 5, max_batch_size"):
+        Engine(model, processor, max_batch_size=5, step_rows=[6])
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 def test_the_host_may_look_at_tokens_a_step_late(model, processor, engine, lag):
     """As on a GPU: what runs on after an end token, a stop string or a cancelled answer is seen by nobody."""

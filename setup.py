@@ -38,7 +38,7 @@ setup(
         "aligngpt": "aligngpt",
         "training": "training",
     },
-    packages=["aligngpt_kernels", "aligngpt", "aligngpt.data", "training"],
+    packages=["aligngpt_kernels", "aligngpt", "aligngpt.data", "aligngpt.evaluation", "training"],
     package_data={"aligngpt_kernels": ["py.typed", "measured.json"]},
     install_requires=[
         "torch>=2.11",
@@ -58,7 +58,13 @@ setup(
             "wandb>=0.17",  # --log.wandb: curves on a server
         ],
         "web": [*TRAIN, "gradio>=6"],  # the page of aligngpt chat --web, and the server that it and the HTTP API run on
-        "eval": TRAIN,
+        "eval": [*TRAIN, "openpyxl>=3.1"],  # the spreadsheet that MMBench's server takes
+        "lmms-eval": [
+            *TRAIN,
+            "lmms-eval==0.7.3",  # aligngpt/evaluation/lmms_eval.py is a model of it
+            "filelock<4",  # lmms-eval patches a module that 4 no longer has
+            "sentencepiece<0.2.2",  # lmms-eval wants protobuf 6, with which newer ones can't read a tokenizer.model
+        ],
         "demo": TRAIN,
         "dev": [
             *TRAIN,
@@ -74,10 +80,14 @@ setup(
             "setuptools>=77",  # builds the wheel that tests/test_layers.py installs
             "gradio>=6",  # the page that tests/aligngpt/test_web.py looks at
             "selenium>=4.20",  # drives Chromium there
+            "openpyxl>=3.1",  # reads that spreadsheet back in tests
             "gguf>=0.10",  # reads SmolLM2 from its PyPI package in docs/real-run.md
         ],
     },
-    entry_points={"console_scripts": ["aligngpt = aligngpt.cli:main"]},
+    entry_points={
+        "console_scripts": ["aligngpt = aligngpt.cli:main"],
+        "lmms_eval.models": ["aligngpt = aligngpt.evaluation.lmms_eval:manifest"],  # lmms-eval --model aligngpt
+    },
     classifiers=[
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",

@@ -16,10 +16,11 @@ COMMANDS = {
     "levels": "cut scores into alignment levels for stage 1",
     "preview": "print a sample's tokens, coloured by what they are",
     "chat": "answer a question about pictures, or hold a conversation",
+    "eval": "answer and score the benchmarks of the field",
     "convert": "move a model between AlignGPT's, the public code's and LLaVA's layout",
     "doctor": "explain this machine; with DATA, what training would drop of a data set and why",
 }
-_NEED_TRANSFORMERS = ("score", "preview", "chat", "convert")
+_NEED_TRANSFORMERS = ("score", "preview", "chat", "eval", "convert")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

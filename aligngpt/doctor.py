@@ -142,6 +142,14 @@ PACKAGES = (
         "aligngpt chat in the terminal",
         versions=">=6",
     ),
+    Package(
+        "openpyxl",
+        "openpyxl",
+        "MMBench in aligngpt eval",
+        "pip install 'openpyxl>=3.1'",
+        "all other benchmarks",
+        versions=">=3.1",
+    ),
 )
 TORCH = Package(
     "torch",

@@ -16,15 +16,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__
 from .config import ALIGN_MODES
-from .data.tables import alone, prepare_folder
+from .data.tables import alone, gone_if_empty, prepare_folder, versions
 from .evaluation import ablation, report, runner
 from .evaluation.judge import KEY_VARIABLE, Judge
 from .loading import DTYPES, load_model
@@ -71,14 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`aligngpt eval`: fills the folder, then says the scores."""
-    is_new = not os.path.exists(args.out)
-    try:
-        with team() as everyone, ExitStack() as stack:
-            said = _run(args, everyone, stack)
-    finally:
-        if is_new:
-            with suppress(OSError):
-                os.rmdir(args.out)  # empty: it was refused
+    with gone_if_empty(args.out), team() as everyone, ExitStack() as stack:
+        said = _run(args, everyone, stack)
     if everyone.rank == 0:
         print(said)
     return 0
@@ -103,7 +96,7 @@ def _run(args: argparse.Namespace, everyone: Team, stack: ExitStack) -> str:
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         "processes": everyone.size,
         "batch_size": batch_size,
-        "versions": _versions(),
+        "versions": versions("torch", "transformers", "tokenizers", "pillow"),
         "judge": judge.describe() if judge else None,
     }
     going = runner.Run(out, Path(args.data), engine, everyone, about, how, args.workers, judge)
@@ -178,14 +171,6 @@ def _about(args: argparse.Namespace, conditions: list[Any], model: Any, processo
         "align_mode": "all" if args.ablate else first.align_mode,
         "level": first.level,
         "dtype": dtype,
-    }
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"aligngpt": __version__} | {
-        name: version(name) for name in ("torch", "transformers", "tokenizers", "pillow")
     }
 
 

@@ -30,7 +30,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,17 +40,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import __version__
 from .data.records import Records, in_shards, open_records
 from .data.tables import (
     MANIFEST,
     alone,
+    differences,
+    gone_if_empty,
     part_name,
     prepare_folder,
     read_manifest,
     read_part,
     read_table,
     table_file,
+    versions,
     write_json,
     write_manifest,
     write_table,
@@ -152,7 +154,7 @@ def start(
         "chunk_size": chunk_size,
         "device": _device_name(device),
         **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
-        "versions": _versions(),
+        "versions": versions("torch", "transformers", "tokenizers", "pillow", "numpy", "pyarrow"),
     }
     names: dict[str, dict[str, Any]] = {
         "data": {"name": Path(data).resolve().name},
@@ -167,13 +169,6 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu, {torch.backends.cpu.get_cpu_capability()}"
     return torch.cuda.get_device_name(device)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    packages = ("torch", "transformers", "tokenizers", "pillow", "numpy", "pyarrow")
-    return {"aligngpt": __version__} | {package: version(package) for package in packages}
 
 
 def claim_folder(scoring: Scoring) -> bool:
@@ -229,20 +224,6 @@ def _read_started(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, parts that fit are kept") from error
     return found if isinstance(found, dict) else {}
-
-
-def differences(about: Mapping[str, Any], found: Mapping[str, Any], section: str = "") -> list[str]:
-    """What two scorings differ in, as "section.name is … there, … here". A manifest may say more than `about`."""
-    said = []
-    may_say_more = section.count(".") < 2  # files of a model are all compared
-    for name in about if may_say_more else {**about, **found}:
-        ours, theirs = about.get(name, "missing"), found.get(name, "missing")
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            said += differences(ours, theirs, f"{section}{name}.")
-        elif ours != theirs:
-            short = [text if len(text) < 60 else f"{text[:12]}…" for text in map(str, (theirs, ours))]
-            said.append(f"{section}{name} is {short[0]} there, {short[1]} here")
-    return said
 
 
 def write_parts(
@@ -342,14 +323,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`aligngpt score`: fills the folder, then says in a few lines what is in it."""
-    is_new = not os.path.exists(args.out)
-    try:
-        with team() as everyone, ExitStack() as lock:
-            manifest, scored_now = _run(args, everyone, lock)
-    finally:
-        if is_new:
-            with suppress(OSError):
-                os.rmdir(args.out)  # empty: it was refused
+    with gone_if_empty(args.out), team() as everyone, ExitStack() as lock:
+        manifest, scored_now = _run(args, everyone, lock)
     if everyone.rank == 0:
         _say(Path(args.out), manifest, scored_now)
     return 0

@@ -23,10 +23,11 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from .. import __version__
 from .llava_json import Sample
 
 if TYPE_CHECKING:
@@ -95,6 +96,18 @@ def _make_folder(folder: Path, who: str) -> None:
 
 
 @contextmanager
+def gone_if_empty(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Leave no new and empty folder behind: the command that was to fill it was refused."""
+    is_new = not os.path.exists(folder)
+    try:
+        yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                os.rmdir(folder)
+
+
+@contextmanager
 def alone(flag: str, folder: Path) -> Iterator[None]:
     """Keep other processes that ask for it out of the folder. ValueError: one is in it.
 
@@ -113,6 +126,30 @@ def alone(flag: str, folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def differences(about: Mapping[str, Any], found: Mapping[str, Any], section: str = "") -> list[str]:
+    """What a folder was begun with and what it is given now differ in, as "section.name is … there, … here".
+
+    `found` may say more than `about`.
+    """
+    said = []
+    may_say_more = section.count(".") < 2  # files of a model are all compared
+    for name in about if may_say_more else {**about, **found}:
+        ours, theirs = about.get(name, "missing"), found.get(name, "missing")
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            said += differences(ours, theirs, f"{section}{name}.")
+        elif ours != theirs:
+            short = [text if len(text) < 60 else f"{text[:12]}…" for text in map(str, (theirs, ours))]
+            said.append(f"{section}{name} is {short[0]} there, {short[1]} here")
+    return said
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Ours, and those of the packages that had a part in what is written."""
+    from importlib.metadata import version
+
+    return {"aligngpt": __version__} | {package: version(package) for package in packages}
 
 
 @contextmanager

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from ..data.llava_json import parse_json
-from ..data.tables import whole_file, write_json
+from ..data.tables import differences, whole_file, write_json
 from ..generate import LONGEST, Engine, Request, window_of
 from ..model import AlignGPTForConditionalGeneration
 from ..processor import AlignGPTProcessor
@@ -283,8 +283,6 @@ def make_engine(
 
 def claim(run: Run) -> None:
     """Say in the folder what it holds. ValueError: it holds something else. Done by one process."""
-    from ..score import differences
-
     path = run.out / "run.json"
     if path.is_file():
         found = parse_json(path.read_bytes(), path, "what a run wrote")

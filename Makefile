@@ -80,7 +80,7 @@ bench: install
 
 bench-gpu:
 	@$(GPU_ENV) $(PYTHON) -m benchmarks.need_gpu "make bench-gpu"
-	$(GPU_ENV) $(PYTHON) -m benchmarks.gpu --results $(RESULTS)
+	$(GPU_ENV) $(PYTHON) -m benchmarks.run --results $(RESULTS)
 
 clean:
 	rm -rf .venv* build *.egg-info

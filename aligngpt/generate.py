@@ -43,6 +43,7 @@ from .cache import SlotCache
 from .model import AlignGPTForConditionalGeneration, _head_size
 from .processor import AlignGPTProcessor
 from .sampling import Kind, Sampler, Sampling
+from .stages import ENGINE_STEP, stage
 from .streaming import TextStream
 
 logger = logging.getLogger(__name__)
@@ -394,7 +395,7 @@ class Engine:
 
         What goes wrong is raised where the answers that it hits are waited for; others go on.
         """
-        with self._lock, self._own_modes():
+        with self._lock, self._own_modes(), stage(ENGINE_STEP):
             try:
                 self._drop_cancelled()
                 self._read_waiting()
@@ -455,7 +456,8 @@ class Engine:
             packs.setdefault(row.answer.request.level is not None, []).append(row)
         for pack in packs.values():
             for rows in [pack] if self._takes_packs else [[row] for row in pack]:
-                self._try_to_read(rows)
+                with stage("prefill"):
+                    self._try_to_read(rows)
 
     def _try_to_read(self, rows: list[_Row]) -> None:
         """Where prompts together fail, for want of memory or because of one of them, each is read by itself."""
@@ -504,13 +506,14 @@ class Engine:
         numbers = torch.tensor([row.number for row in rows])
         place = positions(cu_seqlens, len(ids))
         self.cache.prefill(move(numbers.repeat_interleave(torch.tensor(lengths))), move(place))
-        hidden = model.model.language_model(
-            inputs_embeds=embeds,
-            position_ids=move(place[None]),
-            past_key_values=self.cache,
-            use_cache=True,
-            **layers,
-        ).last_hidden_state
+        with stage("LLM forward"):
+            hidden = model.model.language_model(
+                inputs_embeds=embeds,
+                position_ids=move(place[None]),
+                past_key_values=self.cache,
+                use_cache=True,
+                **layers,
+            ).last_hidden_state
         logits = model.lm_head(hidden[0, move(cu_seqlens[1:].long() - 1).to(hidden.device)])
 
         for row in rows:
@@ -521,7 +524,8 @@ class Engine:
             for answer, row_weights in zip(with_picture, _to_host(weights), strict=True):
                 answer._weights = row_weights
         numbers = move(numbers)
-        tokens = self._sampler.choose(logits, numbers, Kind.of([row.answer.request.sampling for row in rows]))
+        with stage("sampling"):
+            tokens = self._sampler.choose(logits, numbers, Kind.of([row.answer.request.sampling for row in rows]))
         self._token[numbers] = tokens
         self._length[numbers] = move(torch.tensor(lengths))
         self._send(tokens, rows, range(len(rows)))
@@ -544,7 +548,8 @@ class Engine:
             visible = min(-(-longest // _GRAIN) * _GRAIN, visible)
         self.cache.decode(self._row_numbers[:num_rows], self._length[:num_rows], visible)
         kind = Kind.of([row.answer.request.sampling for row in rows])
-        tokens = self._replay(num_rows, kind) if self._uses_graphs else self._run_step(num_rows, kind)
+        with stage("decode step"):
+            tokens = self._replay(num_rows, kind) if self._uses_graphs else self._run_step(num_rows, kind)
         self._send(tokens, rows, [row.number for row in rows])
         return True
 
@@ -559,7 +564,9 @@ class Engine:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        tokens = self._sampler.choose(self.model.lm_head(hidden[:, -1]), self._row_numbers[:num_rows], kind)
+        logits = self.model.lm_head(hidden[:, -1])
+        with stage("sampling"):
+            tokens = self._sampler.choose(logits, self._row_numbers[:num_rows], kind)
         self._token[:num_rows] = tokens
         self._length[:num_rows] = (place + 1).clamp(max=self.max_length - 1)
         return tokens

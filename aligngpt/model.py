@@ -59,6 +59,7 @@ from . import attention, decoding
 from .batch import positions
 from .checkpoint import check_names, check_shapes, read_config, refuse_code, set_align_sizes, stored_weights
 from .config import AlignGPTConfig, is_public, known_fields
+from .stages import stage
 
 logger = logging.getLogger(__name__)
 
@@ -190,22 +191,27 @@ class AlignGPTModel(_AlignInit, LlavaModel):
             pixel_values = self.align_table.new_zeros(0, 3, size, size, device=input_ids.device)
         if plan is None:
             plan = self._plan(input_ids, pixel_values.shape[0], align_levels, cu_seqlens)
-        image_rows = self.project(self.image_features(pixel_values)).to(input_ids.device, self.align_table.dtype)
+        with stage("vision tower"):
+            features = self.image_features(pixel_values)
+        with stage("projector"):
+            image_rows = self.project(features).to(input_ids.device, self.align_table.dtype)
 
         # Under autocast only tower and projector take part: what follows sums in fp32 by itself.
         with _weights_here(self), torch.autocast(input_ids.device.type, enabled=False):
             ids, table, scale = self._word_rows(input_ids, plan)
             weights = None
-            if config.align_mode == "none":
-                align_rows = table.new_zeros(plan.align_place.shape[0], table.shape[1])
-            elif align_levels is not None:
-                align_rows = self._level_rows(align_levels, plan)
-            else:
-                gate_mask = _gate_mask(gate_mask, attention_mask, cu_seqlens, plan, input_ids)
-                mean = text_mean(ids, table, gate_mask, plan, embed_scale=scale)
-                align_rows, weights = self._gated_rows(image_rows, mean, plan)
-            image_rows, align_rows = image_rows.to(table.dtype), align_rows.to(table.dtype)
-            return inject(ids, table, image_rows, align_rows, plan=plan, embed_scale=scale), weights
+            with stage("gate"):
+                if config.align_mode == "none":
+                    align_rows = table.new_zeros(plan.align_place.shape[0], table.shape[1])
+                elif align_levels is not None:
+                    align_rows = self._level_rows(align_levels, plan)
+                else:
+                    gate_mask = _gate_mask(gate_mask, attention_mask, cu_seqlens, plan, input_ids)
+                    mean = text_mean(ids, table, gate_mask, plan, embed_scale=scale)
+                    align_rows, weights = self._gated_rows(image_rows, mean, plan)
+            with stage("injection"):
+                image_rows, align_rows = image_rows.to(table.dtype), align_rows.to(table.dtype)
+                return inject(ids, table, image_rows, align_rows, plan=plan, embed_scale=scale), weights
 
     @torch.no_grad()
     def alignment(
@@ -417,13 +423,14 @@ class AlignGPTModel(_AlignInit, LlavaModel):
             )
             if self.language_model.config._attn_implementation == decoding.NAME:
                 attention_mask = decoding.no_mask(inputs_embeds.device)
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        with stage("LLM forward"):
+            outputs = self.language_model(
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
         outputs["align_weights"] = weights
         return outputs
 
@@ -591,7 +598,8 @@ class AlignGPTForConditionalGeneration(_AlignInit, LlavaForConditionalGeneration
         if labels is not None:
             if cu_seqlens is not None:  # what stands before a sequence's first token is another sequence
                 labels = labels.masked_fill(_places(cu_seqlens.to(labels.device), labels) == 0, -100)
-            loss, token_loss = self._loss(hidden, labels, rows, num_items_in_batch)
+            with stage("loss"):
+                loss, token_loss = self._loss(hidden, labels, rows, num_items_in_batch)
         logits = None
         if loss is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import pytest
 import torch
 import torch.nn.functional as F
 from aligngpt_kernels import (
@@ -167,6 +166,9 @@ def case(
         plain=partial(outputs, known),
         bytes=moved * dtype.itemsize,
         flops=products,
+        stage="projector + gate + injection",
+        items=IMAGES,
+        unit="images",
         group=f"chain {direction}",
         # without it the parts run, each where its own measurement lets it
         dispatch=("project_and_inject", "ours, project_and_inject", ("ours, in parts", "ours, eager projector")),
@@ -183,6 +185,5 @@ def small_cases() -> list[Case]:
     return [case(backward=backward, **small, dtype=torch.float32) for backward in (False, True)]
 
 
-@pytest.mark.parametrize("case", cases() if torch.cuda.is_available() else small_cases(), ids=lambda case: case.name)
 def test_chain(in_turns: Callable[[Case], None], case: Case) -> None:
     in_turns(case)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from aligngpt_kernels import InjectionPlan, align_gate, align_gate_reference, text_mean, text_mean_reference
 from torch import Tensor
@@ -131,6 +130,9 @@ def case(
         plain=lambda g: outputs(plain, g),
         bytes=elements * dtype.itemsize,
         flops=2 * elements,
+        stage="gate",
+        items=IMAGES,
+        unit="samples",
         group="gate",
         dispatch=(op, "ours", ("reference",)) if op in ("text_mean", "align_gate") else None,
     )
@@ -145,6 +147,5 @@ def small_cases() -> list[Case]:
     return [case(op, backward=backward, **small, dtype=torch.float32) for op in OPS for backward in (False, True)]
 
 
-@pytest.mark.parametrize("case", cases() if torch.cuda.is_available() else small_cases(), ids=lambda case: case.name)
 def test_gate(in_turns: Callable[[Case], None], case: Case) -> None:
     in_turns(case)

@@ -395,6 +395,9 @@ def case(name: str, work: Work, contenders: dict[str, Contender], rounds: int) -
         plain=plain_lacking,
         bytes=weight_bytes(work) * work.new,
         flops=0,
+        stage="answering",
+        items=work.requests,
+        unit="answers",
         group=f"generate {name}",
         input_bytes=weight_bytes(work) + 2 * cache_bytes(work),  # ours is kept while a peer has its own
         rounds=rounds,

@@ -228,6 +228,9 @@ def case(
         bytes=2 * moved * width * dtype.itemsize,
         flops=0,
         equal=True,
+        stage="injection",
+        items=tokens,
+        unit="tokens",
         group="injection forward + backward" if backward else "injection forward",
         dispatch=("inject", "ours", ("reference",)),
         host=True,
@@ -247,6 +250,5 @@ def small_cases() -> list[Case]:
     ]
 
 
-@pytest.mark.parametrize("case", cases() if torch.cuda.is_available() else small_cases(), ids=lambda case: case.name)
 def test_injection_case(in_turns: Callable[[Case], None], case: Case) -> None:
     in_turns(case)

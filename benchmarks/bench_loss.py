@@ -7,7 +7,6 @@ head on all rows, float32, cross entropy. Liger also runs on rows that were comp
 from collections.abc import Callable
 from typing import NamedTuple
 
-import pytest
 import torch
 import torch.nn.functional as F
 from aligngpt_kernels import linear_cross_entropy, linear_cross_entropy_reference
@@ -146,6 +145,9 @@ def case(
         floors=(torch.finfo(dtype).eps / 2 * supervised**-0.5,),
         bytes=moved * dtype.itemsize,
         flops=2 * supervised * weight * (3 if trained else 2),
+        stage="loss",
+        items=supervised,
+        unit="supervised tokens",
         group=f"loss V={vocabulary}",
         dispatch=("linear_cross_entropy", "ours", ("reference",)),
         memory=True,
@@ -160,6 +162,5 @@ def small_cases() -> list[Case]:
     return [case(500, trained=trained, rows=200, width=64, dtype=torch.float32) for trained in (True, False)]
 
 
-@pytest.mark.parametrize("case", cases() if torch.cuda.is_available() else small_cases(), ids=lambda case: case.name)
 def test_loss(in_turns: Callable[[Case], None], case: Case) -> None:
     in_turns(case)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 from unittest import mock
 
-import pytest
 import torch
 from aligngpt_kernels import fused_projector, fused_projector_reference, projector
 from torch import Tensor
@@ -117,6 +116,9 @@ def case(
         plain=lambda p: outputs(eager, p),
         bytes=moved * dtype.itemsize,
         flops=products,
+        stage="projector",
+        items=rows,
+        unit="image rows",
         group=f"projector {'forward + backward' if backward else 'forward'}{size}",
         dispatch=("fused_projector M<=1152" if rows <= SMALL_ROWS else "fused_projector M>1152", "ours", ("eager",)),
     )
@@ -131,6 +133,5 @@ def small_cases() -> list[Case]:
     return [case(64, backward=backward, features=64, width=128, dtype=torch.float32) for backward in (False, True)]
 
 
-@pytest.mark.parametrize("case", cases() if torch.cuda.is_available() else small_cases(), ids=lambda case: case.name)
 def test_projector(in_turns: Callable[[Case], None], case: Case) -> None:
     in_turns(case)

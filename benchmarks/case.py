@@ -63,7 +63,11 @@ class Case:
     plain: Callable[[Any], Outputs]  # by eager PyTorch in the inputs' dtype: its error is the yardstick
     bytes: int  # that must be read and written
     flops: int  # that must be done
+    stage: str = ""  # one of benchmarks.stages.TABLE
+    items: float = 0  # done by a call, of what `unit` says: images, tokens, samples, answers, …
+    unit: str = ""
     group: str = ""  # requirements and tests select cases by it
+    sweep: tuple[str, float] | None = None  # what grows from case to case and how much of it this one has
     floors: Sequence[float] = ()  # see measure.compare
     equal: bool = False  # whether results must be exact: rows are copied, nothing is computed
     dispatch: tuple[str, str, tuple[str, ...]] | None = None  # key of measured.json, our contender, what it replaces

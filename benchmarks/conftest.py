@@ -5,11 +5,13 @@ import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.case import Case, run_case
+from benchmarks.requirements import describe
 
 
 def device_name() -> str:
@@ -40,23 +42,35 @@ def _seed_and_device(request: pytest.FixtureRequest) -> None:
         benchmark.extra_info |= {"device": device_name(), "torch": torch.__version__}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="the smallest cases: that all can be measured, in a minute")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test's `case` is each of its file's: 7B's shapes on a GPU, `cpu_cases` on a CPU, `small_cases` for --quick."""
+    if "case" not in metafunc.fixturenames:
+        return
+    file: Any = metafunc.module
+    if metafunc.config.getoption("quick"):
+        cases = file.small_cases()
+    elif torch.cuda.is_available():
+        cases = file.cases()
+    else:
+        cases = getattr(file, "cpu_cases", file.small_cases)()
+    metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+
+
 @pytest.fixture
 def in_turns(benchmark) -> Callable[[Case], None]:
-    """Checks a case's contenders, times them in turns, prints each, and asserts that ours was right.
-
-    pytest-benchmark's own table has ours alone, by wall time. On a CPU ours is the PyTorch reference.
-    """
+    """Checks a case's contenders, times them in turns, prints each, and asserts that ours was right."""
 
     def run(case: Case) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         results = run_case(case, device, seconds=0.5)
-        path = "GPU time" if device.type == "cuda" else "CPU time, ours by the reference path"
-        print(f"\n{case.name}, {path}", end="")
-        for name, result in results.items():
-            said = f"{result['us']:.1f} µs" if "us" in result else "; ".join(f"{k}: {v}" for k, v in result.items())
-            print(f"\n  {name:<32}{said}", end="")
-            benchmark.extra_info[name] = result
-        benchmark.group = f"{case.name}, {path}"
+        record = {"bytes": case.bytes, "flops": case.flops, "contenders": results}
+        print(f"\n{describe(case.name, record)}", end="")
+        benchmark.extra_info |= results
+        benchmark.group = case.stage
         ours = next(name for name in case.contenders if name.startswith("ours"))
         assert "us" in results[ours], results[ours]
         benchmark.pedantic(case.contenders[ours].prepare(case.make(device)), rounds=5, warmup_rounds=2)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.dispatch FILE …`: what "auto" goes by, from results files of benchmarks.gpu.
+"""`python -m benchmarks.dispatch FILE …`: what "auto" goes by, from results files of benchmarks.run.
 
 Writes kernels/aligngpt_kernels/measured.json: by compute capability and op, the time of what an op replaces divided by
 its own, the worst over its cases, rounded down. Where several things do what an op replaces, the fastest that was right
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import finished
+from benchmarks.requirements import finished
 from benchmarks.results import write_json
 
 MEASURED = Path(__file__).parents[1] / "kernels/aligngpt_kernels/measured.json"

@@ -93,7 +93,8 @@ class Results:
             if case.trains:
                 found["training_code"] = self.training_code
             self.content["cases"][case.name] = found
-        about = {"group": case.group, "bytes": case.bytes, "flops": case.flops, "dispatch": case.dispatch}
+        names = ("stage", "group", "items", "unit", "sweep", "bytes", "flops", "dispatch")
+        about = {name: getattr(case, name) for name in names}
         found |= about | {"commit": self.content["commit"]} if not found["finished"] else about
         return found
 

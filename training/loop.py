@@ -27,6 +27,7 @@ from aligngpt.data.records import Records, check_levels, in_shards, open_records
 from aligngpt.levels import read_levels, with_levels
 from aligngpt.model import AlignGPTForConditionalGeneration
 from aligngpt.processor import AlignGPTImageProcessor, AlignGPTProcessor
+from aligngpt.stages import stage
 from training import checkpoints, lora, optim, run_folder, sharding
 from training.checkpoints import Checkpoints, SaveError
 from training.config import Stage, TrainConfig
@@ -159,32 +160,25 @@ def run_steps(run: Run, steps: Iterable[tuple[int, Step]]) -> None:
     """The loop. Steps are numbered from 0 here and from 1 where people read them."""
     config, world, model, optimizer = run.config, run.world, run.model, run.optimizer
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    autocast = config.precision == "bf16" and config.optim.kind == "apex"  # FSDP2 casts what it has cut up
     flops = count_flops(model)
     started = time.perf_counter()
     for number, step in steps:
         seed_step(config.seed, number, world.rank)
         optim.set_rate(optimizer, optim.rate(number, run.total_steps, config.optim.warmup_ratio))
 
-        # FSDP averages gradients over the processes; dividing by a process's mean count makes that the global sum.
-        supervised_per_process = max(step.supervised_tokens, 1) / world.size
-        sums = StepSums(model.config.num_align_levels, world.device)
-        for batch in (batch.to(world.device) for batch in step.batches):
-            sharding.before_micro_batch(model, config.sharding, last=batch.ids is step.batches[-1].ids)
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=autocast):
-                output = model(**batch.model_inputs(), num_items_in_batch=supervised_per_process, use_cache=False)
-            output.loss.backward()
-            sums.add(batch, output)
-        norm = sharding.whole(get_total_norm([parameter.grad for parameter in trained])).item()
-        means, norms, stops, failed = sums.reduce(world, norm, run.stop.requested, run.saves.failed())
-        norm = norms / world.size  # copies of the weights may sum theirs in other orders, and must clip alike
-        clip_grads_with_norm_(trained, config.optim.clip_norm, torch.tensor(norm, device=world.device))
+        sums = forward_and_backward(model, step, config, world)
+        with stage("gradient norm"):
+            norm = sharding.whole(get_total_norm([parameter.grad for parameter in trained])).item()
+            means, norms, stops, failed = sums.reduce(world, norm, run.stop.requested, run.saves.failed())
+            norm = norms / world.size  # copies of the weights may sum theirs in other orders, and must clip alike
+            clip_grads_with_norm_(trained, config.optim.clip_norm, torch.tensor(norm, device=world.device))
 
         run.saves.wait_staged()  # a save still reads the weights
         ids = [id for batch in step.batches for id in batch.ids]
-        if run.guard.check(number + 1, means["loss"], norm, supervised_tokens=step.supervised_tokens, ids=ids):
-            optimizer.step()
-        optimizer.zero_grad()
+        with stage("optimizer"):
+            if run.guard.check(number + 1, means["loss"], norm, supervised_tokens=step.supervised_tokens, ids=ids):
+                optimizer.step()
+            optimizer.zero_grad()
 
         seconds = time.perf_counter() - started
         run.metrics.step(
@@ -209,11 +203,32 @@ def run_steps(run: Run, steps: Iterable[tuple[int, Step]]) -> None:
         started = time.perf_counter()
         if stops or (number + 1) % config.save_every == 0 or number + 1 == run.total_steps:
             taken = {"samples": run.order.samples_until(number + 1), "samples_per_epoch": run.order.num_samples}
-            run.saves.save(number + 1, taken | {"guard": run.guard.state(), "dropped": run.dropped.lines})
+            with stage("checkpoint"):
+                run.saves.save(number + 1, taken | {"guard": run.guard.state(), "dropped": run.dropped.lines})
         if stops:
             run.saves.wait()
             say(world, f"stopped by SIGTERM after step {number + 1}; the same command goes on from there")
             raise Terminated
+
+
+def forward_and_backward(
+    model: AlignGPTForConditionalGeneration, step: Step, config: TrainConfig, world: World
+) -> StepSums:
+    """Add a step's gradients up over its micro-batches, and return its sums."""
+    autocast = config.precision == "bf16" and config.optim.kind == "apex"  # FSDP2 casts what it has cut up
+    # FSDP averages gradients over the processes; dividing by a process's mean count makes that the global sum.
+    supervised_per_process = max(step.supervised_tokens, 1) / world.size
+    sums = StepSums(model.config.num_align_levels, world.device)
+    for place, batch in enumerate(step.batches, 1):
+        with stage("batch to device"):
+            batch = batch.to(world.device)
+        sharding.before_micro_batch(model, config.sharding, last=place == len(step.batches))
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=autocast):
+            output = model(**batch.model_inputs(), num_items_in_batch=supervised_per_process, use_cache=False)
+        with stage("backward"):
+            output.loss.backward()
+        sums.add(batch, output)
+    return sums
 
 
 def read_steps(
@@ -238,7 +253,8 @@ def read_steps(
     loader = micro_batches(samples, parts, workers=data.workers, device=world.device, prefetch=data.prefetch)
     for number in range(first_step, total_steps):
         started = time.perf_counter()
-        loaded = next(loader)
+        with stage("data wait"):
+            loaded = next(loader)
         data_seconds = time.perf_counter() - started
         batches = loaded.batches or []
         tokens = sum(batch.num_tokens for batch in batches)

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_generate, report
+from benchmarks import bench_generate, requirements
 from benchmarks.bench_generate import Work, contender, images_case, one_case, ours, shortfall, texts_case
 from benchmarks.bench_step import SMALLEST
 from benchmarks.case import ROOM, Case, run_case
-from benchmarks.gpu import run_cases
 from benchmarks.measure import Ceilings
 from benchmarks.results import Results
+from benchmarks.run import run_cases
 
 CPU = torch.device("cpu")
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -42,7 +42,7 @@ def test_all_contenders_choose_what_a_whole_pass_would(tmp_path: Path, monkeypat
     assert one["contenders"]["ours"]["choice_us"].keys() == {"greedy", "top-p", "penalty"}
     assert sum("us" in found for found in images["contenders"].values()) == 4
     assert "us" in texts["contenders"]["continuous batching"]
-    summary = report.summary(content)
+    summary = requirements.summary(content)
     lines = {line.split("  ")[0]: line for line in summary.splitlines()}
     assert "unmeasured" not in lines["answering at 7B, one: tokens/s after the first"]
     assert "unmeasured" not in lines["answering at 7B, 48 with an image: images/s"]

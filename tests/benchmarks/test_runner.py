@@ -15,12 +15,13 @@ import torch
 from aligngpt_kernels.__main__ import OPS
 from torch import Tensor
 
-from benchmarks import bench_loss, dispatch, gpu, measure, report
+from benchmarks import bench_loss, dispatch, measure, requirements
 from benchmarks import case as case_module
+from benchmarks import run as runner
 from benchmarks.case import ENDED, Absent, Case, Contender, DeviceLost, run_case, simple
-from benchmarks.gpu import all_cases, run_cases, supervise
 from benchmarks.measure import Ceilings, compare, take_turns
 from benchmarks.results import Results, code_hash, commit, write_json
+from benchmarks.run import all_cases, run_cases, supervise
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(1e9, 1e9)
@@ -315,8 +316,8 @@ def test_other_code_makes_a_case_stale(results):
     changed = results()
     changed.code = "other"
     assert changed.left([case]) == [case]
-    assert list(report.finished(changed.content)) == ["a case"]
-    assert report.finished(changed.content | {"code": "other"}) == {}
+    assert list(requirements.finished(changed.content)) == ["a case"]
+    assert requirements.finished(changed.content | {"code": "other"}) == {}
     assert changed.record(case)["contenders"] == {}
 
 
@@ -324,20 +325,20 @@ def test_the_code_is_that_of_kernels_and_cases(tmp_path):
     (tmp_path / "kernels/aligngpt_kernels").mkdir(parents=True)
     (tmp_path / "benchmarks").mkdir()
     files = ["kernels/aligngpt_kernels/gate.py", "benchmarks/bench_gate.py", "benchmarks/measure.py"]
-    for file in [*files, "benchmarks/case.py", "benchmarks/shapes.py", "benchmarks/report.py"]:
+    for file in [*files, "benchmarks/case.py", "benchmarks/shapes.py", "benchmarks/requirements.py"]:
         (tmp_path / file).write_text("1")
     hashes = [code_hash(tmp_path)]
     for file in files:
         (tmp_path / file).write_text("2")
         hashes.append(code_hash(tmp_path))
     assert len(set(hashes)) == len(hashes)
-    (tmp_path / "benchmarks/report.py").write_text("2")  # says how results are shown
+    (tmp_path / "benchmarks/requirements.py").write_text("2")  # says how results are shown
     assert code_hash(tmp_path) == hashes[-1]
 
 
 def test_it_stops_while_there_is_time_for_no_more_cases(results):
     cases = [make_case(name) for name in "ab"]
-    assert run(cases, results(), seconds_left=gpu.RESERVE_SECONDS - 1) == 2
+    assert run(cases, results(), seconds_left=runner.RESERVE_SECONDS - 1) == 2
     assert not results().path.exists() or not results().content["cases"]
 
 
@@ -357,7 +358,7 @@ def test_a_time_keeps_the_ceilings_it_was_taken_under(results):
     records = results().content["cases"]
     assert [records[name]["ceilings"]["bytes_per_second"] for name in "ab"] == [1e9, 2e9]
     assert records["a"]["copies"] == 1
-    assert "one copy of the inputs" in report.describe("a", records["a"])
+    assert "one copy of the inputs" in requirements.describe("a", records["a"])
 
 
 def test_results_do_not_make_the_tree_dirty(tmp_path):
@@ -396,7 +397,7 @@ def test_a_case_whose_process_always_ends_is_given_up(results):
 
 
 def test_a_case_whose_inputs_do_not_fit_is_skipped(results, monkeypatch):
-    monkeypatch.setattr(gpu, "free_bytes", lambda device: 10e9)
+    monkeypatch.setattr(runner, "free_bytes", lambda device: 10e9)
     now = results()
     run([make_case(input_bytes=9_000_000_000)], now)
     assert now.content["cases"]["a case"]["skipped"] == "its inputs need 10.8 GB; 10.0 GB are free"
@@ -418,17 +419,17 @@ runs = pathlib.Path({str(tmp_path / "runs")!r})
 runs.write_text((runs.read_text() if runs.exists() else "") + sys.argv[-1] + "\\n")
 number = len(runs.read_text().splitlines())
 if number == 1: os.kill(os.getpid(), signal.SIGSEGV)
-sys.exit({gpu.LOST} if number == 2 else {gpu.NOT_FINISHED})
+sys.exit({runner.LOST} if number == 2 else {runner.NOT_FINISHED})
 """
-    assert supervise([sys.executable, "-c", script], 100, tmp_path) == gpu.NOT_FINISHED
+    assert supervise([sys.executable, "-c", script], 100, tmp_path) == runner.NOT_FINISHED
     seconds = [float(line) for line in (tmp_path / "runs").read_text().splitlines()]
     assert len(seconds) == 3
     assert 100 >= seconds[0] > seconds[1] > seconds[2]
 
 
 def test_who_runs_when_the_time_is_over_gets_a_second_try(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "RESERVE_SECONDS", 0)
-    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(runner, "RESERVE_SECONDS", 0)
+    monkeypatch.setattr(runner, "GRACE_SECONDS", 0.1)
     file = tmp_path / "gpu.json"
     ended = {"failed": ENDED}
     write_json(file, {"cases": {"a": {"code": "x", "tries": 1, "contenders": {"crashed": ended}}}})
@@ -442,7 +443,7 @@ time.sleep(60)
 """
     left = []
     for _ in range(2):
-        assert supervise([sys.executable, "-c", script], 2, tmp_path) == gpu.NOT_FINISHED
+        assert supervise([sys.executable, "-c", script], 2, tmp_path) == runner.NOT_FINISHED
         left.append(json.loads(file.read_text())["cases"]["a"]["contenders"])
     assert left == [{"crashed": ended}, {"crashed": ended, "slow": ended}]
 
@@ -470,10 +471,10 @@ def record(group: str, microseconds: dict[str, float], **more: Any) -> dict[str,
     return {**empty, "contenders": contenders, **more}
 
 
-def stand(text: str, cases: dict[str, Any]) -> report.Standing:
-    (line,) = (line for line in report.LINES if line.text == text)
+def stand(text: str, cases: dict[str, Any]) -> requirements.Standing:
+    (line,) = (line for line in requirements.LINES if line.text == text)
     content = {"code": "now", "cases": cases}
-    return report.standing(line, report.finished(content))
+    return requirements.standing(line, requirements.finished(content))
 
 
 def test_a_requirement_is_held_to_its_worst_case():
@@ -540,10 +541,10 @@ def test_every_requirement_has_its_cases_and_contenders():
     }  # fmt: skip
     assert len(records) == len(cases)
     content = {"code": "now", "cases": records}
-    for line in report.LINES:
-        assert report.standing(line, report.finished(content)).value is not None, line.text
-    text = report.summary(content)
-    assert all(line.text in text for line in report.LINES)
+    for line in requirements.LINES:
+        assert requirements.standing(line, requirements.finished(content)).value is not None, line.text
+    text = requirements.summary(content)
+    assert all(line.text in text for line in requirements.LINES)
     assert "2.0 µs (1.0 to 3.0)" in text
     keys = dispatch.ratios(content)
     assert set(keys) == {f"{op} {bucket}".strip() for op, buckets in OPS.items() for bucket in buckets}

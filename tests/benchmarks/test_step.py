@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aligngpt.text import Tokenized
-from benchmarks import bench_step, lengths, report
+from benchmarks import bench_step, lengths, requirements
 from benchmarks.bench_step import (
     STAGES,
     Size,
@@ -20,9 +20,9 @@ from benchmarks.bench_step import (
     shaped_case,
 )
 from benchmarks.case import run_case
-from benchmarks.gpu import run_cases
 from benchmarks.measure import Ceilings
 from benchmarks.results import Results
+from benchmarks.run import run_cases
 
 CPU = torch.device("cpu")
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -92,10 +92,10 @@ def test_a_results_file_has_share_and_stages(tmp_path: Path, monkeypatch):
     assert found["tokens"] <= MICRO.token_budget
     assert set(found["stages_ms"]) == set(STAGES)
     assert all(ms > 0 for stage, ms in found["stages_ms"].items() if stage != "data wait")
-    assert "step at 7B shapes, finetune: MFU" in report.summary(content)
+    assert "step at 7B shapes, finetune: MFU" in requirements.summary(content)
     other = json.loads(json.dumps(content)) | {"training_code": "other"}
-    assert report.finished(content)
-    assert not report.finished(other), "training changed since"
+    assert requirements.finished(content)
+    assert not requirements.finished(other), "training changed since"
 
 
 def test_layers_are_as_many_as_fit():

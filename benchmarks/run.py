@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`: every case on this GPU, into results/<gpu>.json after each one.
+"""`python -m benchmarks.run`: every case on this GPU, into results/<gpu>.json after each one.
 
 A case that the file holds for the same code, packages and device is not run again, so a run that was stopped goes on
 where it was. It stops by itself before --seconds are over, with status 3 while cases are left. What ends the process
@@ -21,7 +21,7 @@ from benchmarks import bench_chain, bench_decode, bench_gate, bench_injection, b
 from benchmarks.case import ENDED, ROOM, Case, DeviceLost, check_device, run_case
 from benchmarks.case import free as free_memory
 from benchmarks.measure import Ceilings, ceilings, free_bytes
-from benchmarks.report import describe, summary
+from benchmarks.requirements import describe, summary
 from benchmarks.results import Results, write_json
 
 NOT_FINISHED, LOST = 3, 4  # exit statuses
@@ -171,7 +171,7 @@ def main() -> int:
     if arguments.worker:
         return work(arguments.results, arguments.only, arguments.seconds)
     rest = ["--worker", "--results", str(arguments.results), "--only", arguments.only]
-    return supervise([sys.executable, "-m", "benchmarks.gpu", *rest], arguments.seconds, arguments.results)
+    return supervise([sys.executable, "-m", "benchmarks.run", *rest], arguments.seconds, arguments.results)
 
 
 if __name__ == "__main__":

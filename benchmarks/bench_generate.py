@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaForCausalLM
@@ -40,9 +39,8 @@ from aligngpt.model import AlignGPTForConditionalGeneration
 from aligngpt.processor import AlignGPTProcessor
 from aligngpt.sampling import Kind, Sampler, Sampling
 from benchmarks import lengths
-from benchmarks.bench_step import LLAMA_7B, NOT_SAID, SMALLEST, Size
-from benchmarks.case import Case, Contender, run_case
-from benchmarks.conftest import device_name
+from benchmarks.bench_step import LLAMA_7B, SMALLEST, Size
+from benchmarks.case import Case, Contender
 from benchmarks.measure import Outputs, count_syncs, synchronize, take_turns
 
 CHECKED = 4
@@ -444,7 +442,6 @@ GPU = torch.cuda.is_available()
 LARGE = Work(LLAMA_7B, text=128, new=128, requests=1, pictures=True, dtype=torch.bfloat16)
 DEMO = SMALLEST._replace(scale=64, vocabulary=512, mlp=256, layers=3)
 SMALL = Work(DEMO, text=16, new=48, requests=1, pictures=True, dtype=torch.float32)
-REQUIRED = {"one": (1.5, "generate"), "images": (5, ONE_AT_A_TIME)}  # on a CPU: times the speed of whom
 
 
 def cases() -> list[Case]:
@@ -458,21 +455,5 @@ def small_cases() -> list[Case]:
     return [one_case(SMALL), images_case(SMALL._replace(requests=16), 4), texts_case(texts)]
 
 
-@pytest.mark.parametrize("case", cases() if GPU else small_cases(), ids=lambda case: case.name)
-def test_generate(case: Case) -> None:
-    """Ratios are printed, whatever they are; that ours was right is asserted."""
-    results = run_case(case, torch.device("cuda" if GPU else "cpu"), seconds=0.5)
-    print(f"\n{case.name}, {device_name()}", end="")
-    ours_us = results["ours"].get("us")
-    for name, found in results.items():
-        said = "; ".join(f"{kind}: {value}" for kind, value in found.items() if kind not in NOT_SAID)
-        if "us" in found and ours_us:
-            said = f"{found['us'] / 1e6:.3f} s, {found['us'] / ours_us:.2f} × the time of ours; {said}"
-        print(f"\n  {name:<28}{said}", end="")
-    required, peer = REQUIRED.get(case.group.split()[-1], (0, ""))
-    if required and not GPU and "us" in results[peer]:
-        for name, found in results.items():
-            if name.startswith("ours") and "us" in found:
-                ratio = results[peer]["us"] / found["us"]
-                print(f"\n  {name} is {ratio:.2f} × as fast as {peer!r}; required: {required:g}", end="")
-    assert ours_us, results["ours"]
+def test_generate(in_turns: Callable[[Case], None], case: Case) -> None:
+    in_turns(case)

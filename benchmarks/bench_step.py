@@ -44,7 +44,7 @@ from aligngpt.batch import Batch, Example
 from aligngpt.config import AlignGPTConfig
 from aligngpt.model import AlignGPTForConditionalGeneration
 from benchmarks import lengths, shapes
-from benchmarks.case import Case, Contender, free, run_case
+from benchmarks.case import Case, Contender, free
 from benchmarks.conftest import device_name
 from benchmarks.measure import Outputs, Run, synchronize
 from benchmarks.plain import PlainBatch, plain_batch
@@ -650,25 +650,8 @@ def small_cases() -> list[Case]:
     return [lengths_case(SMALLEST, dtype), *(plain_case(TINY, stage, dtype) for stage in STEPS)]
 
 
-@pytest.mark.parametrize("case", cases() if GPU else small_cases(), ids=lambda case: case.name)
-def test_step(case: Case) -> None:
-    """Ratios are printed, whatever they are; that ours was right is asserted."""
-    device = world_of_one().device
-    results = run_case(case, device, seconds=0.5)
-    print(f"\n{case.name}, {device_name()}", end="")
-    ours = next(name for name in results if name.startswith("ours"))
-    for name, found in results.items():
-        said = "; ".join(f"{kind}: {value}" for kind, value in found.items() if kind not in NOT_SAID)
-        if "us" in found and "us" in results[ours]:
-            said = f"{found['us'] / 1e6:.3f} s, {found['us'] / results[ours]['us']:.2f} × the time of {ours}; {said}"
-        print(f"\n  {name:<24}{said}", end="")
-    assert "us" in results[ours], results[ours]
-
-
-@pytest.mark.skipif(GPU, reason="it is measured")
-def test_step_mfu_needs_a_gpu() -> None:
-    for case in shaped_cases():
-        print(f"\n{case.name}: MFU needs a GPU", end="")
+def test_step(in_turns: Callable[[Case], None], case: Case) -> None:
+    in_turns(case)
 
 
 @pytest.mark.parametrize("stage", STEPS)

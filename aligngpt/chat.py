@@ -25,7 +25,7 @@ import random
 import sys
 import threading
 import unicodedata
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,9 @@ from torch import Tensor
 from .generate import Answer, Engine, Request
 from .image import open_image
 from .loading import DTYPES, find_device, load_model
+from .profiling import Profile, check_folder
 from .sampling import Sampling
+from .stages import ENGINE_STEP
 from .text import IMAGE_MARK
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 
 
 WEB_ROWS = 4  # answers at a time on the page
+PROFILED_STEPS = 32  # of the engine
+_WARM_UP_TOKENS = 8
 _BAR = 40  # characters of a weight of 1
 
 
@@ -356,6 +360,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, … (default: a GPU if any)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    parser.add_argument(
+        "--profile",
+        metavar="DIR",
+        help=f"after an unrecorded answer, write a trace and a summary of the first {PROFILED_STEPS} engine steps",
+    )
     parser.add_argument("--web", action="store_true", help="serve a page for the browser until Ctrl-C")
     parser.add_argument("--host", default="127.0.0.1", help="of the page (default 127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, default=7860, help="of the page (default 7860; 0 takes any free one)")
@@ -367,6 +376,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--web is given beside --prompt or --image; questions and pictures go into the page")
     if args.web:
         from . import serving, web  # before the model is read: what they need may be missing
+    if args.profile is not None:
+        check_folder("--profile", args.profile)
     device = find_device(args.device)
     pictures = [_open(path) for path in args.image]  # a bad one is found before the model is read
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
@@ -383,23 +394,52 @@ def run(args: argparse.Namespace) -> int:
     chat.pictures += pictures
     if args.web:
         name = "/".join(Path(args.model).resolve().parts[-2:])
-        return web.serve(begin, serving.app(engine, name, hosts=[args.host]), name=name, host=args.host, port=args.port)
+        app = serving.app(engine, name, hosts=[args.host])
+        with _profiled(args.profile, begin()):
+            return web.serve(begin, app, name=name, host=args.host, port=args.port)
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # what an encoding lacks, typed or answered, ends no conversation
 
     if args.prompt is None:
         print(f"{_nature(chat)} /image PATH shows a picture, /help lists the commands, Ctrl-D ends.", file=sys.stderr)
-        converse(chat)
+        with _profiled(args.profile, begin()):
+            converse(chat)
         return 0
     if chat.captions and args.prompt.strip():
         print("aligngpt chat: this model only captions; the words of --prompt are not used", file=sys.stderr)
     try:
-        _print(chat.answer(args.prompt))
+        with _profiled(args.profile, begin(), args.prompt, pictures):
+            _print(chat.answer(args.prompt))
     except KeyboardInterrupt:
         print()
         return 130
     return 0
+
+
+def _profiled(
+    folder: str | None, chat: Chat, prompt: str | None = None, pictures: Sequence[Image.Image] = ()
+) -> contextlib.AbstractContextManager[Any]:
+    """Records the engine's steps into `folder`, if any, once `chat` has had an answer: the first one takes longer.
+
+    Without a prompt that is a short one about a grey picture.
+    """
+    if folder is None:
+        return contextlib.nullcontext()
+    if prompt is None:
+        size = chat.processor.image_processor.size
+        pictures = [Image.new("RGB", (size, size), "grey")]
+        prompt = "What is this?"
+        chat.sampling = replace(chat.sampling, max_new_tokens=min(_WARM_UP_TOKENS, chat.sampling.max_new_tokens))
+    chat.pictures += pictures
+    print("aligngpt chat: answering once before what is profiled", file=sys.stderr)
+    for _ in chat.answer(prompt):
+        pass
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    return Profile(folder, chat.engine.device, unit=ENGINE_STEP, record=PROFILED_STEPS, say=say)
 
 
 def _nature(chat: Chat) -> str:

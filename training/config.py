@@ -202,6 +202,8 @@ class TrainConfig:
     """Say what the run needs, and do not start it."""
     processes: int | None = None
     """Processes that --dry-run plans for. None: as many as there are."""
+    profile: bool = False
+    """Write RUN/profile: a trace of three steps of the first process, the third to fifth from here, and a summary."""
     tokens_per_second: float | None = None
     """Rate of all processes together, for the hours that --dry-run tells. None: an MFU of 40 % is assumed."""
 
@@ -277,6 +279,7 @@ NOT_LEARNED = frozenset(
         "export_dtype",
         "dry_run",
         "processes",
+        "profile",
         "tokens_per_second",
         "data.workers",
         "data.prefetch",

@@ -6,6 +6,7 @@ the step, so they stop together; the run folder is not touched before the first 
 """
 
 import dataclasses
+import functools
 import itertools
 import logging
 import time
@@ -27,7 +28,8 @@ from aligngpt.data.records import Records, check_levels, in_shards, open_records
 from aligngpt.levels import read_levels, with_levels
 from aligngpt.model import AlignGPTForConditionalGeneration
 from aligngpt.processor import AlignGPTImageProcessor, AlignGPTProcessor
-from aligngpt.stages import stage
+from aligngpt.profiling import Profile, check_folder
+from aligngpt.stages import TRAINING_STEP, stage
 from training import checkpoints, lora, optim, run_folder, sharding
 from training.checkpoints import Checkpoints, SaveError
 from training.config import Stage, TrainConfig
@@ -41,6 +43,8 @@ from training.processes import Stop, Terminated, watch_peers
 from training.sharding import World
 
 logger = logging.getLogger(__name__)
+
+PROFILED_STEPS, UNPROFILED_STEPS = 3, 2  # the first ones compile and allocate
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Run:
     metrics: Metrics
     saves: Checkpoints
     dropped: DroppedSamples
+    profile: Profile | None
 
 
 def train(config: TrainConfig, stage: Stage) -> None:
@@ -88,6 +93,8 @@ def train(config: TrainConfig, stage: Stage) -> None:
         if any(world.gather(run_folder.is_finished(config))):
             say(world, f"{config.run_dir} is finished; its result is {config.run_dir}/model")
             return
+        if config.profile:
+            check_folder("--profile writes RUN/profile, which", run_folder.profile(config))
         newest = checkpoints.steps_saved(config)
         saved = checkpoints.find(config, world)
         first_step, extra = (saved.step, saved.extra) if saved else (0, {})
@@ -134,8 +141,10 @@ def train(config: TrainConfig, stage: Stage) -> None:
             held.enter_context(metrics)
             saves = held.enter_context(Checkpoints(config, model, optimizer, world, after=saved))
             numbered = enumerate(itertools.chain(first, steps), first_step)
-            with alone(), Stop() as stop:
-                run = Run(config, world, model, optimizer, order, total_steps, guard, stop, metrics, saves, dropped)
+            with alone(), Stop() as stop, profiled(config, world, total_steps - first_step) as profile:
+                run = Run(
+                    config, world, model, optimizer, order, total_steps, guard, stop, metrics, saves, dropped, profile
+                )
                 run_steps(run, numbered)
                 saves.wait()
                 if any(world.add(stop.requested)):  # since the last step's numbers were added up
@@ -154,6 +163,24 @@ def alone() -> Iterator[None]:
         raise
     except ValueError as error:
         raise RuntimeError("a training step failed") from error
+
+
+@contextmanager
+def profiled(config: TrainConfig, world: World, num_steps: int) -> Iterator[Profile | None]:
+    """Of a run with `--profile` what its first process is to record of the steps that are left; else None."""
+    if not config.profile or world.rank:
+        yield None
+        return
+    skip = max(min(UNPROFILED_STEPS, num_steps - 1), 0)
+    with Profile(
+        run_folder.profile(config),
+        world.device,
+        unit=TRAINING_STEP,
+        skip=skip,
+        record=PROFILED_STEPS,
+        say=functools.partial(say, world),
+    ) as profile:
+        yield profile
 
 
 def run_steps(run: Run, steps: Iterable[tuple[int, Step]]) -> None:
@@ -200,6 +227,8 @@ def run_steps(run: Run, steps: Iterable[tuple[int, Step]]) -> None:
         run.stop.must_fit(seconds, run.saves.seconds)
         if failed:
             run.saves.wait()  # raises
+        if run.profile:
+            run.profile.step()
         started = time.perf_counter()
         if stops or (number + 1) % config.save_every == 0 or number + 1 == run.total_steps:
             taken = {"samples": run.order.samples_until(number + 1), "samples_per_epoch": run.order.num_samples}

@@ -5,6 +5,7 @@
     RUN/lock                           held by the run that is at work
     RUN/checkpoints/, RUN/LATEST       what the run goes on from: checkpoints.py
     RUN/model/                         the result: safetensors, config and processor, for `from_pretrained`
+    RUN/profile/                       of a run with --profile: aligngpt/profiling.py
     RUN/adapter/                       of a run with --lora.rank: its adapters, which RUN/model has merged, for PEFT
 
 Files and folders are written under a name ending in .tmp and renamed when they are whole and on the disk. Checkpoints
@@ -79,6 +80,11 @@ def is_finished(config: TrainConfig) -> bool:
         with (folder / "lock").open() as lock:  # free again at once; other processes of this run ask the same
             _take(lock, fcntl.LOCK_SH, folder)
     return (folder / "model").is_dir()
+
+
+def profile(config: TrainConfig) -> Path:
+    """Where a run with `--profile` writes to."""
+    return Path(config.run_dir) / "profile"
 
 
 def recorded(folder: Path) -> dict[str, Any]:

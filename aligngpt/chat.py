@@ -29,9 +29,10 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .generate import Answer, Engine, Request
@@ -41,10 +42,6 @@ from .profiling import Profile, check_folder
 from .sampling import Sampling
 from .stages import ENGINE_STEP
 from .text import IMAGE_MARK
-
-if TYPE_CHECKING:
-    from PIL import Image
-
 
 WEB_ROWS = 4  # answers at a time on the page
 PROFILED_STEPS = 32  # of the engine

@@ -27,8 +27,11 @@ from .data.tables import alone, gone_if_empty, prepare_folder, versions
 from .evaluation import ablation, report, runner
 from .evaluation.judge import KEY_VARIABLE, Judge
 from .loading import DTYPES, load_model
+from .profiling import Profile, check_folder
+from .stages import ENGINE_STEP
 from .team import Team, team
 
+PROFILED_STEPS, UNPROFILED_STEPS = 32, 16  # of the engine; the first ones compile and capture
 _GENERATION = ("eos_token_id", "suppress_tokens", "repetition_penalty")  # what the engine reads of generation_config
 
 
@@ -64,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N",
         help="threads that read pictures, in each process (default 4, or as many as there are cores)",
     )  # fmt: skip
+    parser.add_argument(
+        "--profile",
+        metavar="DIR",
+        help=f"write a trace and a summary of {PROFILED_STEPS} engine steps of the first process, after "
+        f"{UNPROFILED_STEPS} that are not recorded",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
 
@@ -101,7 +110,11 @@ def _run(args: argparse.Namespace, everyone: Team, stack: ExitStack) -> str:
     }
     going = runner.Run(out, Path(args.data), engine, everyone, about, how, args.workers, judge)
     everyone.agree(lambda: runner.claim(going) if is_first else None)
-    results = runner.run_tasks(going, work, conditions)
+    with ExitStack() as profiled:
+        if args.profile is not None and is_first:
+            profile = Profile(args.profile, device, unit=ENGINE_STEP, skip=UNPROFILED_STEPS, record=PROFILED_STEPS)
+            profiled.enter_context(profile)
+        results = runner.run_tasks(going, work, conditions)
     return everyone.agree(lambda: _reported(args, going, results) if is_first else "")
 
 
@@ -127,6 +140,8 @@ def _begun(args: argparse.Namespace, everyone: Team) -> tuple[list[runner.Work],
         except ValueError as error:
             raise ValueError(f"the judge's {error}") from error
     tasks = runner.find_tasks(args.task)
+    if args.profile is not None:
+        check_folder("--profile", args.profile)
     device = everyone.device(args.device)
     work = runner.read_all(tasks, Path(args.data), args.limit)
     prepare_folder("--out", args.out, [args.data, args.model])

@@ -280,14 +280,16 @@ def test_every_condition_has_its_alignment_row(words, model_folder, tmp_path, mo
     assert (tmp_path / "out/ablation.png").stat().st_size > 5000
 
 
-def test_a_part_of_the_questions_and_then_the_rest(words, asked, tmp_path):
+def test_a_part_of_the_questions_and_then_the_rest_profiled(words, asked, tmp_path, capsys):
     assert main(words("--limit", 4)) == 0
     found = [json.loads(line)["key"] for line in (tmp_path / "out/pope/answers.jsonl").read_text().splitlines()]
     assert found == ["0", "2", "5", "8"]
     assert json.loads((tmp_path / "out/pope/metrics.json").read_text())["partly"] is True
-    assert main(words()) == 0
+    assert main(words("--batch-size", 1, "--profile", tmp_path / "profile")) == 0
     assert len(asked) == COUNT
     assert json.loads((tmp_path / "out/pope/metrics.json").read_text())["partly"] is False
+    assert "32 engine steps on a CPU" in capsys.readouterr().out
+    assert "16 before were not recorded" in (tmp_path / "profile/summary.txt").read_text()
 
 
 def test_a_damaged_picture_ends_it_by_name_and_loses_nothing(words, asked, data, tmp_path, capsys):

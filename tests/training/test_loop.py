@@ -234,8 +234,10 @@ def test_fault_58_resume_is_bit_equal_for_20_steps(stages: Stages, launch: Launc
         (interrupted / "LATEST").write_text("step-00000004\n")
         with (interrupted / "metrics.jsonl").open("a") as file:
             file.write('{"step": 25, "lo')  # torn
-        resumed = launch("finetune", interrupted, *flags, processes=processes)
+        resumed = launch("finetune", interrupted, *flags, "--profile", processes=processes)
         assert resumed.status == 0, resumed.output
+        assert resumed.output.count("3 training steps on a CPU") == 1  # of the first process, and nothing else changes
+        assert sorted(file.name for file in (interrupted / "profile").iterdir()) == ["summary.txt", "trace.json.gz"]
         assert len(resumed.losses) == 24
         assert resumed.losses == pytest.approx(whole.losses, rel=1e-6)
         if processes == 2:

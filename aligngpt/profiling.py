@@ -101,12 +101,13 @@ class Profile:
         self._host_seconds = 0.0
         self._began = 0.0
         self._state = "waiting"  # then "ready", "recording", "ended"
-        self._thread: int | None = None  # which takes the steps that are recorded
+        self._thread: int | None = None  # which takes the step
         self._open = threading.local()  # .ranges: those of this thread; None where it was not recorded
         self._held = ExitStack()
 
     def __enter__(self) -> "Profile":
         self._held.enter_context(listening(self))
+        self._prepare()
         if self.unit != ENGINE_STEP:
             self.begin(self.unit)
         return self
@@ -115,7 +116,7 @@ class Profile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._held.close()
-        if self.unit != ENGINE_STEP:  # else it is what comes after the last step
+        if self.unit != ENGINE_STEP:  # what comes after the last step is none, but all of it where there are no steps
             self.end(self.unit, counts=self.unit == _CODE and not isinstance(error, Exception))
         if self._state == "ended":
             return
@@ -162,14 +163,18 @@ class Profile:
 
     # ------------------------------------------------------------------------------------------------ its states
 
-    def _before_step(self) -> None:
-        if self._state == "waiting" and self._num_seen >= self.skip - 1:  # a step ahead: it takes its time
+    def _prepare(self) -> None:
+        """A step ahead: it takes its time."""
+        if self._state == "waiting" and self._num_seen >= self.skip - 1:
             self._profile.prepare_trace()
             self._state = "ready"
+
+    def _before_step(self) -> None:
+        self._prepare()
         if self._state == "ready" and self._num_seen >= self.skip:
             self._profile.start_trace()
-            self._state, self._thread = "recording", threading.get_ident()
-        self._began = time.perf_counter()
+            self._state = "recording"
+        self._thread, self._began = threading.get_ident(), time.perf_counter()
 
     def _after_step(self) -> None:
         self._num_seen += 1
@@ -192,10 +197,8 @@ class Profile:
     def _finish(self) -> None:
         self._stop()
         if not self._num_recorded:
-            self.say(
-                f"nothing was profiled: {_count(self._num_seen, self.unit)} ended, and the first {self.skip} are not "
-                f"recorded; {self.folder} was not written"
-            )
+            left_out = f", and the first {self.skip} are not recorded" if self.skip else ""
+            self.say(f"nothing was profiled: there were {_count(self._num_seen, self.unit)}{left_out}")
             return
         try:
             text = self._write()
@@ -264,14 +267,14 @@ class Trace:
         complete = [event for event in recorded.events if event.get("ph") == "X"]
         ranges = [event for event in complete if event["cat"] == "user_annotation"]
         steps = sorted((event for event in ranges if event["name"] == recorded.unit), key=_order)[: recorded.count]
-        thread = steps[0]["tid"] if steps else None
+        threads = {event["tid"] for event in steps}
         names = {name for path in recorded.paths for name in path}
         self._starts, self._paths = _flat(
-            event for event in ranges if event["tid"] == thread and event["name"] in names
+            event for event in ranges if event["tid"] in threads and event["name"] in names
         )
         self._windows = [(event["ts"], event["ts"] + event["dur"]) for event in steps]
         self.operators = [
-            event for event in complete if event["cat"] == "cpu_op" and event["tid"] == thread and self._is_in(event)
+            event for event in complete if event["cat"] == "cpu_op" and event["tid"] in threads and self._is_in(event)
         ]
         self.calls = [event for event in complete if event["cat"] in _CALLS and self._is_in(event)]  # of CUDA
         launches = {event["args"].get("correlation"): event for event in self.calls}

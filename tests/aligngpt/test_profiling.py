@@ -147,7 +147,7 @@ def test_steps_are_counted_and_what_failed_is_not_written(tmp_path):
     assert "aten::item" in operators
     assert "waiting for them on a GPU: 1 a step: loss 1" in said[-1]
     take(2, tmp_path / "none", skip=2, record=3)
-    assert said[-1].startswith("nothing was profiled: 2 training steps ended, and the first 2 are not recorded")
+    assert said[-1].startswith("nothing was profiled: there were 2 training steps, and the first 2 are not recorded")
     with pytest.raises(RuntimeError, match="of the run"):
         take(4, tmp_path / "failed", skip=2, record=3)
     assert not (tmp_path / "none").exists()

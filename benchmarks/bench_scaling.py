@@ -17,6 +17,7 @@ On a GPU the model's sweeps have the widths of 7B and the others are left out: t
 100K records and to 10K as JSON, whose parsing takes 35 µs a record; `full_cases` goes to a million of both.
 """
 
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -24,11 +25,11 @@ import gc
 import io
 import itertools
 import os
+import pickle
 import resource
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -44,7 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aligngpt import cli
 from aligngpt.batch import Batch, Example, collate
-from aligngpt.data.records import Records, open_records
+from aligngpt.data.records import open_records
 from aligngpt.generate import Answer, Engine, Request
 from aligngpt.levels import SET_ASIDE
 from aligngpt.model import AlignGPTForConditionalGeneration
@@ -76,7 +77,6 @@ from benchmarks.measure import Outputs, Run
 from benchmarks.worlds import Group, alone
 from training import loop, sharding
 from training.config import TrainConfig
-from training.flops import count_flops
 from training.loader import Cut, Order, Part, Samples
 from training.plan import sample_lengths
 
@@ -125,20 +125,29 @@ class Stepping(NamedTuple):
     expected: Tensor
 
 
-def repeated(size: Size, samples: int, folder: Path) -> Data:
-    """BASE conversations again and again, in one global batch."""
-    data = Data.make(size._replace(global_batch=samples), "finetune", folder, BASE)
-    data.samples.kept = np.arange(samples) % BASE
-    return data
+@cache
+def conversations(size: Size) -> Data:
+    """BASE of them."""
+    return Data.make(size, "finetune", sets.new_folder(), BASE)
+
+
+def repeated(size: Size, samples: int) -> Data:
+    """The same again and again, in one global batch."""
+    data = copy.copy(conversations(size).samples)
+    data.kept = np.arange(samples) % BASE
+    return Data(data, size._replace(global_batch=samples))
+
+
+@cache
+def loss_of_conversations(device: torch.device, size: Size, dtype: torch.dtype) -> Tensor:
+    """One by one."""
+    alone = repeated(size, BASE).padded(1)
+    return mean_loss(size, recipe("finetune", dtype), [ready(loaded, device) for loaded in alone.steps(device)])
 
 
 def make_stepping(device: torch.device, size: Size, dtype: torch.dtype, samples: int) -> Stepping:
-    config = recipe("finetune", dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        (step,) = (ready(loaded, device) for loaded in repeated(size, samples, Path(folder)).steps(device))
-        alone = repeated(size, BASE, Path(folder)).padded(1)
-        expected = mean_loss(size, config, [ready(loaded, device) for loaded in alone.steps(device)])
-    return Stepping(config, size, step, expected)
+    (step,) = (ready(loaded, device) for loaded in repeated(size, samples).steps(device))
+    return Stepping(recipe("finetune", dtype), size, step, loss_of_conversations(device, size, dtype))
 
 
 def stepping(made: Stepping) -> Run:
@@ -177,10 +186,11 @@ def make_passing(device: torch.device, size: Size, dtype: torch.dtype, tokens: i
     model = bench_generate.make_model(size, device, dtype).train()
     config, generator = model.config, torch.Generator().manual_seed(SEED)
     is_text = torch.arange(each) > 0
+    no_image = torch.empty(0, 3, size.image_size, size.image_size)
     examples = []
     for number in range(tokens // each):
         ids = torch.randint(3, size.vocabulary, (each,), generator=generator)
-        examples.append(Example(str(number), Tokenized(ids, ids, is_text, 0), torch.zeros(0, 3, 0, 0)))
+        examples.append(Example(str(number), Tokenized(ids, ids, is_text, 0), no_image))
     token_ids = TokenIds(pad=0, image=config.image_token_id, align=config.align_token_id)
     about = {"token_ids": token_ids, "rows_per_image": config.image_seq_length, "image_size": size.image_size}
     packed, padded = (collate(examples, **about, packed=packed).to(device) for packed in (True, False))
@@ -277,12 +287,14 @@ def images_case(size: Size, dtype: torch.dtype, images: int) -> Case:
     return swept(case, "images of a sample", images, {"us": (1, "each image is read")})
 
 
-def vocabulary_cases(vocabularies: Sequence[int], *, rows: int, **shape: Any) -> list[Case]:
+def vocabulary_cases(
+    vocabularies: Sequence[int], dtype: torch.dtype, rows: int, width: int, image_rows: int, features: int
+) -> list[Case]:
     """rows: of the loss."""
     found = []
     for vocabulary in vocabularies:
-        loss = bench_loss.case(vocabulary, trained=True, rows=rows, **shape)
-        chain = bench_chain.case(vocabulary=vocabulary, **shape)
+        loss = bench_loss.case(vocabulary, trained=True, rows=rows, width=width, dtype=dtype)
+        chain = bench_chain.case(vocabulary=vocabulary, rows=image_rows, features=features, width=width, dtype=dtype)
         loss, chain = (dataclasses.replace(case, name=f"{case.stage} by vocabulary") for case in (loss, chain))
         found += [
             swept(loss, "vocabulary", vocabulary, {"us": (1, "each word has a logit")}),
@@ -404,17 +416,24 @@ class Reply(NamedTuple):
     sent_bytes: float
 
 
-def join_step(size: Size, samples: int) -> Callable[[], Reply]:
-    """In a process of a Group: the model, its part of the global batch, and a step of it."""
+def shared_out(size: Size, samples: int, processes: int) -> list[list[Batch]]:
+    """What each process takes of a global batch, as training's loader cuts it."""
+    found = []
+    for rank in range(processes):
+        data, part = repeated(size, samples).samples, Part(0, list(range(samples)))
+        data.cut = dataclasses.replace(data.cut, rank=rank, num_processes=processes)
+        batches = data.decoded(part, data.load(part, {}), data.decoder(torch.device("cpu"))).batches
+        assert batches is not None
+        found.append(batches)
+    return found
+
+
+def join_step(size: Size, pickled: bytes) -> Callable[[], Reply]:
+    """In a process of a Group: the model, and a step of this process's part of `shared_out`."""
     world, config = world_of_one(), recipe("finetune", torch.float32)
     model = make_model(size, config)
     optimizer = optimizer_of(model, lr=0.0)
-    with tempfile.TemporaryDirectory() as folder:
-        data = repeated(size, samples, Path(folder)).samples
-        data.cut = dataclasses.replace(data.cut, rank=world.rank, num_processes=world.size)
-        part = Part(0, list(range(samples)))
-        batches = data.decoded(part, data.load(part, {}), data.decoder(world.device)).batches
-    assert batches is not None
+    batches = pickle.loads(pickled)[world.rank]
     (supervised,) = world.add(sum(batch.num_supervised for batch in batches))
     step = loop.Step(batches, 0, 0, int(supervised), 0, 0.0)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -442,10 +461,12 @@ def group_of(processes: int, size: Size, samples: int) -> Group:
     key = repr((processes, size, samples))
     if key not in _groups or not _groups[key].is_open:
         close_groups()
-        _groups[key] = Group(processes, partial(join_step, size, samples))
+        shares = pickle.dumps(shared_out(size, samples, processes))  # by torch's own pickler they are shared, not sent
+        _groups[key] = Group(processes, partial(join_step, size, shares))
     return _groups[key]
 
 
+@atexit.register
 def close_groups() -> None:
     for group in _groups.values():
         group.close()
@@ -699,6 +720,7 @@ def planning_case(records: int) -> Case:
         records,
         {"us": (1, "each record has a length")},
         floors=(0.02,),
+        rounds=3,
     )
 
 
@@ -761,14 +783,47 @@ def data_cases(few: Sequence[int], records: Sequence[int], many: Sequence[int], 
 
 
 VOCABULARIES = (8192, 16384, 32000, 64000, 128256)
-POINTS = range(5)
-CPU_SHAPE = {"rows": 16, "width": 64, "dtype": torch.float32}
 
 
 def cases() -> list[Case]:
     size, dtype = LLAMA_7B._replace(layers=2), torch.bfloat16
-    tokens = [512 << power for power in POINTS]
+    tokens = [128 << power for power in range(5)]
     return [
-        *model_cases(size, dtype, POINTS, tokens, [cached for cached in tokens if cached < 2048], [4, 8, 16, 32]),
-        *vocabulary_cases(VOCABULARIES, rows=4096),
+        *model_cases(size, dtype, range(5), tokens, [256, 512, 1024, 1536], [4, 8, 16, 32, 64]),
+        *vocabulary_cases(VOCABULARIES, dtype, rows=4096, width=4096, image_rows=576, features=1024),
     ]
+
+
+def host_cases(records: Sequence[int], few: Sequence[int]) -> list[Case]:
+    size, dtype = SMALLEST, torch.float32
+    tokens = [128 << power for power in range(5)]
+    return [
+        *model_cases(size, dtype, range(4), tokens, [256, 512, 1024, 1536], [4, 8, 16, 32]),
+        *vocabulary_cases(VOCABULARIES[:4], dtype, rows=512, width=64, image_rows=64, features=64),
+        *data_cases(few, records, [*records, 10 * records[-1]], [1, 10, 100, 1000]),
+        *(world_case(size, 16, processes) for processes in (1, 2, 4)),
+    ]
+
+
+def cpu_cases() -> list[Case]:
+    return host_cases([1000, 10_000, 30_000, 100_000], [300, 1000, 3000, 10_000])
+
+
+def full_cases() -> list[Case]:
+    """With a million records of every kind: 1.4 GB of temporary files, 3 GB of memory, minutes."""
+    records = [1000, 10_000, 100_000, 1_000_000]
+    return host_cases(records, records)
+
+
+def small_cases() -> list[Case]:
+    size, dtype = SMALLEST._replace(layers=1), torch.float32
+    return [
+        *model_cases(size, dtype, range(2), [128, 256], [64, 128], [2, 4]),
+        *vocabulary_cases((500, 1000), dtype, rows=128, width=32, image_rows=16, features=32),
+        *data_cases([100, 300], [1000, 3000], [1000, 3000], [1, 10]),
+        *(world_case(size, 4, processes) for processes in (1, 2)),
+    ]
+
+
+def test_scaling(in_turns: Callable[[Case], None], case: Case) -> None:
+    in_turns(case)

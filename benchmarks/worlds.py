@@ -11,6 +11,7 @@ A process that dies, raises, or says nothing for `timeout` seconds is an error t
 collective for it, so all are killed then; the group is closed and can't be used again.
 """
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -43,7 +44,12 @@ class Group:
         port = str(_free_port())
         for rank in range(size):
             ours, theirs = _context.Pipe()
-            places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+            places = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "LOCAL_WORLD_SIZE": str(size),
+            }
             environment = places | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             process = _context.Process(target=_serve, args=(theirs, make_work, environment), daemon=True)
             process.start()
@@ -56,10 +62,8 @@ class Group:
         if not self._processes:
             raise RuntimeError("the group is closed")
         for one in self._processes:
-            try:
+            with contextlib.suppress(OSError):  # it is dead, which waiting tells
                 one.pipe.send(True)
-            except OSError:  # it is dead, which waiting tells
-                pass
         return self._replies("to do its work")
 
     def _replies(self, what: str) -> list[Any]:
@@ -90,6 +94,10 @@ class Group:
         self.close()
         raise RuntimeError(sentence)
 
+    @property
+    def is_open(self) -> bool:
+        return bool(self._processes)
+
     def close(self) -> None:
         """End the processes, those that do not end by themselves too."""
         for one in self._processes:
@@ -105,7 +113,9 @@ class Group:
     def __enter__(self) -> "Group":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         self.close()
 
 

@@ -12,8 +12,9 @@ the place of the first points, which would pull k down. Where the cost at the la
 one at the first, what grows is too little to tell its shape by, and with fewer points nothing can be told from a fixed
 part: there k is the slope of log(seconds) on log(x).
 
-The interval of k holds 90 % of DRAWS fits, each to points that are drawn anew within their quartiles, one of them left
-out while enough are left. A sweep grows faster than it must when the whole interval lies more than SLACK above what is
+The interval of k holds 90 % of DRAWS fits, each to points that are drawn anew as far off as a median of their rounds
+may be, one of them left out while enough are left. Neighbouring rounds are disturbed together, so that no more than
+INDEPENDENT of them count. A sweep grows faster than it must when the whole interval lies more than SLACK above what is
 allowed: logarithms and caches that become too small add about so much over two or three decades. Where the interval is
 wider than WIDEST nothing is said. Points without a number (too noisy, failed, wrong) are left out and named.
 
@@ -29,6 +30,7 @@ import numpy as np
 FULL, GROWS, SLACK, WIDEST = 4, 1.5, 0.15, 1.0
 DRAWS, SEED = 300, 0
 QUARTILES = 1.349  # between the quartiles of a normal distribution, in standard deviations
+OF_MEDIAN, INDEPENDENT = 1.2533, 9  # standard error of a median: so many standard deviations / √rounds
 LEAST_SPREAD = 0.01  # relative; of costs that state no quartiles, too
 AS_IT_MUST, FASTER, NOISY = "as it must", "faster than it must", "too noisy to say"
 UNITS = {"us": "s", "processor_us": "s of all processors", "resident_bytes": "bytes resident"}  # others: their names
@@ -39,6 +41,7 @@ class Point(NamedTuple):
     seconds: float  # or what the unit says
     low: float  # quartiles
     high: float
+    rounds: int
 
 
 class Sweep(NamedTuple):
@@ -103,7 +106,7 @@ def _sweep(
             left_out[name] = str(next(filter(None, reasons), f"has no {field}"))
             continue
         low, high = ours.get("quartiles_us" if field == "us" else f"quartiles_{field}", (value, value))
-        points.append(Point(float(record["sweep"][1]), value * scale, low * scale, high * scale))
+        points.append(Point(float(record["sweep"][1]), value * scale, low * scale, high * scale, ours.get("rounds", 1)))
     points.sort()
     unit = UNITS.get(field, field)
     if len({point.x for point in points}) < 2:
@@ -149,8 +152,9 @@ def _fit(xs: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
 def interval(points: Sequence[Point]) -> tuple[float, float]:
     """Of the exponent, 90 %."""
     random = np.random.default_rng(SEED)
-    xs, costs, lows, highs = (np.array(column) for column in zip(*points, strict=True))
-    spread = np.maximum(np.log(highs / lows) / QUARTILES, LEAST_SPREAD)
+    xs, costs, lows, highs, rounds = (np.array(column) for column in zip(*points, strict=True))
+    of_median = OF_MEDIAN / np.sqrt(rounds.clip(1, INDEPENDENT))
+    spread = np.maximum(np.log(highs / lows) / QUARTILES * of_median, LEAST_SPREAD)
     drawn = costs * np.exp(random.normal(0, spread, (DRAWS, len(xs))))
     out = random.integers(len(xs), size=DRAWS) if len(xs) > FULL else np.full(DRAWS, -1)
     found = []

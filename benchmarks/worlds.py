@@ -12,6 +12,7 @@ collective for it, so all are killed then; the group is closed and can't be used
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import socket
@@ -138,6 +139,7 @@ class _Always:
 def _serve(pipe: Connection, make_work: Callable[[], Work], environment: dict[str, str]) -> None:
     import torch
 
+    gc.freeze()  # what the server has imported: no collection touches its pages
     torch.set_num_threads(1)
     os.environ.update(environment)
     try:

@@ -318,7 +318,7 @@ def vocabulary_cases(
 
 
 class Decoding:
-    """Steps of an engine that has read all prompts."""
+    """Steps of an engine that has read all prompts, and reads them again where the answers end."""
 
     def __init__(self, asked: Asked):
         work = asked.work
@@ -328,9 +328,14 @@ class Decoding:
             max_batch_size=work.requests,
             max_length=work.prompt + NEW,
             max_prefill_tokens=work.requests * work.prompt,
+            step_rows=[work.requests],
         )
-        sampling = Sampling(max_new_tokens=NEW)
-        self.answers: list[Answer] = [self.engine.submit(Request(prompt, sampling)) for prompt in asked.prompts]
+        self.requests = [Request(prompt, Sampling(max_new_tokens=NEW)) for prompt in asked.prompts]
+        self.answers: list[Answer] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self.answers = [self.engine.submit(request) for request in self.requests]
         self._until(1)
 
     def _until(self, tokens: int) -> None:
@@ -339,9 +344,10 @@ class Decoding:
 
     def __call__(self) -> Outputs:
         """A step, and the first two tokens of each answer: the second is the first call's. (answers, 2)"""
+        if self.answers[0].finish_reason is not None:
+            self._begin()
         self.engine.step()
         self._until(2)  # where the host sees a step's tokens after the next one
-        assert self.answers[0].finish_reason is None, "its answers have ended"
         return [torch.tensor([answer.tokens[:2] for answer in self.answers])]
 
 
@@ -775,7 +781,7 @@ def model_cases(
 ) -> list[Case]:
     """powers: of two, by which samples, images and prompts grow."""
     return [
-        *(step_case(size, dtype, BASE << power) for power in powers),
+        *(step_case(size, dtype, BASE << power - powers[0]) for power in powers),
         *(sequence_case(size, dtype, count, None) for count in tokens),
         *(sequence_case(size, dtype, count, EACH) for count in tokens),
         *(images_case(size, dtype, 1 << power) for power in powers),

@@ -82,12 +82,18 @@ class Group:
                 try:
                     ok, replies[rank] = pipe.recv()
                 except (EOFError, ConnectionError):
-                    process = self._processes[rank].process
-                    process.join(LEAVE)
-                    self._fail(f"process {rank} of {self.size} ended with status {process.exitcode}; it was {what}")
-                if not ok:
-                    self._fail(f"process {rank} of {self.size} failed; it was {what}:\n{replies[rank]}")
+                    self._processes[rank].process.join(LEAVE)
+                    self._fail(self._ended(rank, what))
+                if not ok:  # perhaps because it missed one that is dead
+                    gone = [other for other in ranks.values() if self._processes[other].process.exitcode]
+                    ended = "".join(f"{self._ended(other, what)}\n" for other in gone)
+                    self._fail(f"{ended}process {rank} of {self.size} failed; it was {what}:\n{replies[rank]}")
         return [replies[rank] for rank in range(self.size)]
+
+    def _ended(self, rank: int, what: str) -> str:
+        return (
+            f"process {rank} of {self.size} ended with status {self._processes[rank].process.exitcode}; it was {what}"
+        )
 
     def _fail(self, sentence: str) -> None:
         for one in self._processes:

@@ -13,7 +13,7 @@ import torch
 from aligngpt.data.records import open_records
 from aligngpt.data.shards import scan_tars
 from benchmarks import bench_scaling, sets
-from benchmarks.bench_step import leave_world
+from benchmarks.bench_step import leave_world, world_of_one
 from benchmarks.case import check
 from benchmarks.fit import AS_IT_MUST, FASTER, NOISY, sweeps
 from benchmarks.worlds import Group
@@ -139,21 +139,23 @@ def test_all_sweeps_have_points():
 
 
 class Behaves:
-    """Work that does something in process 1, while the others wait without end."""
+    """Work that does something in process 1, while process 0 waits for it, if it dies, in a collective of gloo."""
 
     def __init__(self, what):
         self.what = what
 
     def __call__(self):
+        if self.what == "die":
+            world_of_one()
         return self.work
 
     def work(self):
-        if os.environ["RANK"] != "1":
-            threading.Event().wait()
-        if self.what == "die":
+        if os.environ["RANK"] == "1" and self.what == "die":
             os._exit(7)
-        if self.what == "raise":
+        if os.environ["RANK"] == "1" and self.what == "raise":
             raise ValueError("the answer is 42")
+        if self.what == "die":
+            torch.distributed.barrier()
         threading.Event().wait()
 
 

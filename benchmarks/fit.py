@@ -33,6 +33,7 @@ QUARTILES = 1.349  # between the quartiles of a normal distribution, in standard
 OF_MEDIAN, INDEPENDENT = 1.2533, 9  # standard error of a median: so many standard deviations / √rounds
 LEAST_SPREAD = 0.01  # relative; of costs that state no quartiles, too
 AS_IT_MUST, FASTER, NOISY = "as it must", "faster than it must", "too noisy to say"
+UNLIMITED = "no limit is stated"
 UNITS = {"us": "s", "processor_us": "s of all processors", "resident_bytes": "bytes resident"}  # others: their names
 
 
@@ -52,7 +53,7 @@ class Sweep(NamedTuple):
     exponent: float  # NaN with fewer than two points
     low: float
     high: float
-    at_most: float  # that the exponent must be
+    at_most: float  # that the exponent must be; NaN: nothing is said of it
     verdict: str
     because: str  # why it must grow so
     fixed: float  # part of the cost that does not grow, in the unit
@@ -86,11 +87,11 @@ def _ours(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _grows(records: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, str]]:
-    """What is allowed of each field, by the last case that says so."""
+    """What is allowed of each field, by the last case that says so; of none, microseconds without a limit."""
     found: dict[str, tuple[float, str]] = {}
     for record in records:
         found |= {field: (at_most, because) for field, (at_most, because) in _ours(record).get("grows", {}).items()}
-    return found
+    return found or {"us": (math.nan, "")}
 
 
 def _sweep(
@@ -115,6 +116,7 @@ def _sweep(
     power = fit([point.x for point in points], [point.seconds for point in points])
     low, high = interval(points)
     verdict = NOISY if high - low > WIDEST else FASTER if low > at_most + SLACK else AS_IT_MUST
+    verdict = UNLIMITED if math.isnan(at_most) else verdict
     return Sweep(
         what, prefix, unit, points, power.exponent, low, high, at_most, verdict, because, power.fixed, left_out
     )

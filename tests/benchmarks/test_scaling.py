@@ -15,7 +15,7 @@ from aligngpt.data.shards import scan_tars
 from benchmarks import bench_scaling, sets
 from benchmarks.bench_step import leave_world, world_of_one
 from benchmarks.case import check
-from benchmarks.fit import AS_IT_MUST, FASTER, NOISY, sweeps
+from benchmarks.fit import AS_IT_MUST, FASTER, NOISY, UNLIMITED, sweeps
 from benchmarks.worlds import Group
 
 CPU = torch.device("cpu")
@@ -95,6 +95,12 @@ def test_points_without_a_number_are_named():
     (sweep,) = sweeps(found)
     assert (sweep.verdict, len(sweep.points), len(sweep.left_out)) == (NOISY, 0, 5)
     assert sweeps({"cases": {}}) == []
+    for name in names:
+        del found["cases"][name]["contenders"]["ours"]["grows"]
+    assert [sweep.verdict for sweep in sweeps(found)] == [NOISY]
+    for place, name in enumerate(names):
+        found["cases"][name]["contenders"]["ours"] = {"us": 2.0**place}
+    assert [(round(sweep.exponent, 3), sweep.verdict) for sweep in sweeps(found)] == [(1, UNLIMITED)]
 
 
 def test_sets_hold_the_same_records(monkeypatch):

@@ -13,8 +13,8 @@ Each case is a point of a sweep, checked before it is timed like any other, and 
     data sets   what opening, reading, ordering, planning, cutting into levels and packing cost by records (sets.py
                 makes them), with memory where a set is opened, in a process that does nothing else
 
-On a GPU the model's sweeps have the widths of 7B and the others are left out: they are the host's. `cpu_cases` goes to
-100K records and to 10K as JSON, whose parsing takes 35 µs a record; `full_cases` goes to a million of both.
+On a GPU the model's sweeps have the widths of 7B and the others are left out: they are the host's. `cpu_cases` orders a
+million records, opens 100K in shards and 6000 as JSON; `full_cases` opens and reads a million of each.
 """
 
 import atexit
@@ -792,17 +792,28 @@ def model_cases(
     ]
 
 
-def data_cases(records: Sequence[int], few: Sequence[int], many: Sequence[int], epochs: Sequence[int]) -> list[Case]:
-    """few: records of JSON, which are parsed one by one; many: those that need no files."""
+class Counts(NamedTuple):
+    """Records of each point."""
+
+    shards: Sequence[int]  # that are opened and read
+    planned: Sequence[int]
+    ordered: Sequence[int]  # numbers alone
+    scored: Sequence[int]
+    parsed: Sequence[int]  # as JSON
+    packed: Sequence[int]  # one by one
+    epochs: Sequence[int]
+
+
+def data_cases(counts: Counts) -> list[Case]:
     return [
-        *map(packed_case, records),
-        *map(access_case, records),
-        *map(planning_case, records),
-        *(order_case(kind, count) for kind in ("shuffle", "grouped") for count in many),
-        *map(levels_case, records),
-        *map(resume_case, epochs),
-        *map(json_case, few),
-        *map(packing_case, few),
+        *map(packed_case, counts.shards),
+        *map(access_case, counts.shards),
+        *map(planning_case, counts.planned),
+        *(order_case(kind, count) for kind in ("shuffle", "grouped") for count in counts.ordered),
+        *map(levels_case, counts.scored),
+        *map(resume_case, counts.epochs),
+        *map(json_case, counts.parsed),
+        *map(packing_case, counts.packed),
     ]
 
 
@@ -818,25 +829,30 @@ def cases() -> list[Case]:
     ]
 
 
-def host_cases(records: Sequence[int], few: Sequence[int]) -> list[Case]:
+def host_cases(counts: Counts) -> list[Case]:
     size, dtype = SMALLEST, torch.float32
     tokens = [128 << power for power in range(5)]
     return [
         *model_cases(size, dtype, range(1, 5), tokens, [256, 512, 1024, 1536], [4, 8, 16, 32]),
         *vocabulary_cases(VOCABULARIES, dtype, rows=128, width=64, image_rows=64, features=64),
-        *data_cases(records, few, [*records, 10 * records[-1]], [1, 10, 100, 1000]),
+        *data_cases(counts),
         *(world_case(size, 16, processes) for processes in (1, 2, 4)),
     ]
 
 
+EPOCHS = (1, 10, 100, 1000)
+
+
 def cpu_cases() -> list[Case]:
-    return host_cases([1000, 10_000, 30_000, 100_000], [300, 1000, 3000, 6000])
+    records, ordered = (1000, 10_000, 30_000, 100_000), (1000, 10_000, 100_000, 1_000_000)
+    few = (250, 500, 1000, 2000)
+    return host_cases(Counts(records, (1000, 10_000, 100_000), ordered, records, (300, 1000, 3000, 6000), few, EPOCHS))
 
 
 def full_cases() -> list[Case]:
-    """With a million records of every kind: 1.4 GB of temporary files, 3 GB of memory, a quarter of an hour."""
-    records = [1000, 10_000, 100_000, 1_000_000]
-    return host_cases(records, records)
+    """To a million records, but for packing: 1.4 GB of temporary files, 3 GB of memory, a quarter of an hour."""
+    records = (1000, 10_000, 100_000, 1_000_000)
+    return host_cases(Counts(records, records, records, records, records, (1000, 3000, 10_000, 30_000), EPOCHS))
 
 
 def small_cases() -> list[Case]:
@@ -844,7 +860,7 @@ def small_cases() -> list[Case]:
     return [
         *model_cases(size, dtype, range(2), [128, 256], [64, 128], [2, 4]),
         *vocabulary_cases((500, 1000), dtype, rows=128, width=32, image_rows=16, features=32),
-        *data_cases([50, 100], [50, 100], [50, 100], [1, 10]),
+        *data_cases(Counts(*[(50, 100)] * 6, (1, 10))),
         *(world_case(size, 4, processes) for processes in (1, 2)),
     ]
 

@@ -856,11 +856,11 @@ def full_cases() -> list[Case]:
 
 
 def small_cases() -> list[Case]:
-    size, dtype = SMALLEST._replace(layers=1), torch.float32
+    size, dtype, few = SMALLEST._replace(layers=1), torch.float32, (50, 100)
     return [
         *model_cases(size, dtype, range(2), [128, 256], [64, 128], [2, 4]),
         *vocabulary_cases((500, 1000), dtype, rows=128, width=32, image_rows=16, features=32),
-        *data_cases(Counts(*[(50, 100)] * 6, (1, 10))),
+        *data_cases(Counts(few, few, few, few, few, few, (1, 10))),
         *(world_case(size, 4, processes) for processes in (1, 2)),
     ]
 

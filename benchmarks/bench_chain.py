@@ -1,6 +1,6 @@
 """Projector, gate and injection as one stage of 16 images: ours, in parts and fused, against what it replaces.
 
-What it replaces is the eager projector and the public code's concatenating algorithm (bench_injection.py) with its gate
+What it replaces is the eager projector and the public code's concatenating algorithm (public.py) with its gate
 between: the text mean of each padded text block, the dots with the padded image block, a two-layer MLP, the mix.
 Forward + backward gives projector and gate their gradients; the embeddings and the gate's table are frozen.
 """
@@ -25,10 +25,11 @@ from aligngpt_kernels import (
 from torch import Tensor
 
 from benchmarks import bench_injection, bench_projector
-from benchmarks.bench_injection import Batch, concatenate, make_batch, search
+from benchmarks.bench_injection import Batch, concatenated, make_batch
 from benchmarks.bench_projector import Projector
 from benchmarks.case import Case, our_impl, simple, with_grads
 from benchmarks.measure import Outputs
+from benchmarks.public import Cut, search
 from benchmarks.shapes import FEATURES, GATE_HIDDEN, IMAGES, LEVELS, ROWS, TEXT, VOCABULARY, WIDTH
 
 
@@ -95,22 +96,22 @@ def mix(dots: Tensor, c: Chain) -> Tensor:
     return (alpha @ c.table[:-1].to(dots.dtype) + c.table[-1]).to(c.table.dtype)
 
 
-def concatenating(c: Chain, cut_texts: list[tuple[Tensor, Tensor]]) -> Tensor:
+def concatenating(c: Chain, cuts: list[Cut]) -> Tensor:
     image_rows = fused_projector_reference(*c.projector[:5])
 
     def heads(text: Tensor, image: Tensor) -> Tensor:  # (S, longest text, D), (S, P, D)
         mean = text[:, 1:].sum(1) / (c.counts.to(text.dtype) + 1e-8)
         return mix((image @ mean[:, :, None])[:, :, 0], c)
 
-    return concatenate(c.batch._replace(image_rows=image_rows), cut_texts, heads)
+    return concatenated(c.batch._replace(image_rows=image_rows), cuts, heads)
 
 
 def known(c: Chain) -> Tensor:
-    return concatenating(c, [(text[: bench_injection.CUT], text[bench_injection.CUT :]) for text in c.batch.texts])
+    return concatenating(c, [Cut(text[: bench_injection.CUT], text[bench_injection.CUT :]) for text in c.batch.texts])
 
 
 def searching(c: Chain) -> Tensor:
-    return concatenating(c, search(c.batch.marked))
+    return concatenating(c, search(c.batch.marked, c.batch.marked != bench_injection.PADDING))
 
 
 def outputs(function: Callable[[Chain], Tensor], c: Chain) -> Outputs:

@@ -2,9 +2,10 @@
 
 Three ways of concatenating are timed beside it:
 
-- `public`: what AlignGPT's public code does. Embed a sample's text, cut it at the image, concatenate; keep the text
-  rows and the image rows as blocks of their own for the gate; pad all three to the longest sample with zeros, stack
-  them; insert the alignment rows into the sequences by one more concatenation. 1384 MB read and written in bfloat16.
+- `public`: what AlignGPT's public code does (public.py). Embed a sample's text, cut it at the image, concatenate; keep
+  the text rows and the image rows as blocks of their own for the gate; pad all three to the longest sample with zeros,
+  stack them; insert the alignment rows into the sequences by one more concatenation. 1384 MB read and written in
+  bfloat16.
 - `searching`: the same from what the public code is given, padded ids with a marker for each image: to know where to
   cut, every sample waits for the device four times. Its labels, which the public code cuts up likewise, are left out.
 - `lean`: the least a concatenating loop can do, each sample concatenated whole with its alignment row, padded,
@@ -26,10 +27,11 @@ from torch import Tensor
 
 from benchmarks.case import Case, our_impl, simple, with_grads
 from benchmarks.measure import Outputs
+from benchmarks.public import MARK, Cut, Heads, concatenate, pad_and_stack, search
 from benchmarks.shapes import IMAGES, ROWS, TEXT, VOCABULARY, WIDTH
 
 CUT = 40  # text tokens before the image, BOS among them
-MARK, PADDING = -200, 0  # the public code's image token; the id that padded rows end with
+PADDING = 0  # the id that padded rows end with
 LAYOUTS = ["equal", "padded", "packed"]  # "padded" and "packed": 128, 123, … 53 text tokens
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -87,47 +89,22 @@ def lean(batch: Batch) -> Tensor:
 
 
 def public(batch: Batch) -> Tensor:
-    return concatenate(batch, [(text[:CUT], text[CUT:]) for text in batch.texts])
+    return concatenated(batch, [Cut(text[:CUT], text[CUT:]) for text in batch.texts])
 
 
 def searching(batch: Batch) -> Tensor:
-    return concatenate(batch, search(batch.marked))
+    return concatenated(batch, search(batch.marked, batch.marked != PADDING))
 
 
-def concatenate(
-    batch: Batch,
-    cut_texts: Sequence[tuple[Tensor, Tensor]],  # before and after the image
-    align_rows: Callable[[Tensor, Tensor], Tensor] | None = None,  # of text and image blocks; None: the batch's
-) -> Tensor:
-    samples, text_blocks, image_blocks = [], [], []
-    for text, image in zip(cut_texts, batch.image_rows, strict=True):
-        before, after = F.embedding(torch.cat(text), batch.embed_weight).split([len(part) for part in text])
-        samples.append(torch.cat([before, image, after]))
-        text_blocks.append(torch.cat([before, after]))
-        image_blocks.append(torch.cat([image]))
-    blocks = pad_and_stack(text_blocks), pad_and_stack(image_blocks)
-    heads = batch.align_rows if align_rows is None else align_rows(*blocks)
-    if batch.ids.dim() == 1:
-        return torch.cat([p for s, h in zip(samples, heads, strict=True) for p in (s[:1], h[None], s[1:])])
-    rows = pad_and_stack(samples)
-    return torch.cat([rows[:, :1], heads[:, None], rows[:, 1:]], dim=1)
-
-
-def search(marked: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Each row's text before and after its image, found on the device: drop padding, count images, find them."""
-    cut_texts = []
-    for row in marked:
-        ids = row[row != PADDING]
-        assert (ids == MARK).sum() == 1
-        (at,) = torch.where(ids == MARK)[0].tolist()
-        cut_texts.append((ids[:at], ids[at + 1 :]))
-    return cut_texts
-
-
-def pad_and_stack(blocks: list[Tensor]) -> Tensor:
-    longest = max(len(block) for block in blocks)
-    padded = [torch.cat([block, block.new_zeros(longest - len(block), block.shape[1])]) for block in blocks]
-    return torch.stack(padded)
+def concatenated(batch: Batch, cuts: Sequence[Cut], heads: Heads | None = None) -> Tensor:
+    """By the public algorithm; without `heads` the alignment rows are the batch's."""
+    return concatenate(
+        cuts,
+        partial(F.embedding, weight=batch.embed_weight),
+        batch.image_rows,
+        (lambda texts, images: batch.align_rows) if heads is None else heads,
+        packed=batch.ids.dim() == 1,
+    )
 
 
 ALGORITHMS: dict[str, Callable[[Batch], Tensor]] = {

@@ -32,7 +32,7 @@ class PlainBatch(NamedTuple):
     pixels: Tensor  # (S, 3, size, size)
 
     def to(self, device: torch.device) -> "PlainBatch":
-        return PlainBatch(*(None if part is None else part.to(device) for part in self))
+        return self._replace(**{name: part.to(device) for name, part in self._asdict().items() if part is not None})
 
 
 def plain_batch(examples: Sequence[Example], config: AlignGPTConfig) -> PlainBatch:

@@ -19,7 +19,7 @@ compiles for minutes, the second has no path there.
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,19 @@ from aligngpt.batch import Batch
 from aligngpt.config import AlignGPTConfig, llava_config
 from aligngpt.model import AlignGPTForConditionalGeneration
 from benchmarks import bench_step
-from benchmarks.bench_step import CLIP_NORM, LLAMA_7B, PLAIN_LR, STEPS, TINY, Data, Size, Step, ready, tolerance
+from benchmarks.bench_step import (
+    CLIP_NORM,
+    LLAMA_7B,
+    PLAIN_LR,
+    SMALLEST,
+    STEPS,
+    TINY,
+    Data,
+    Size,
+    Step,
+    ready,
+    tolerance,
+)
 from benchmarks.case import Case, Contender
 from benchmarks.measure import Outputs, Run
 from benchmarks.plain import PlainBatch, compile_llm, plain_batch
@@ -48,6 +60,7 @@ from training.config import Stage, TrainConfig
 UNKNOWN, END = 0, 2  # of the benchmark's tokenizer: an image's mark, and padding, which is masked
 BF16_NORM = 0.05
 LLAVA, COMPILED, LIGER = "transformers Llava", "transformers Llava, torch.compile", "Liger's Llava"
+WITHOUT = "ours, without the token"
 
 
 class LlavaSize(Size):
@@ -262,7 +275,7 @@ def plain_run(training: Training) -> Run:
     compile_llm(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=PLAIN_LR, weight_decay=0.0)
-    settings = {"supervised_tokens": training.step.supervised_tokens, "clip_norm": CLIP_NORM}
+    settings: dict[str, Any] = {"supervised_tokens": training.step.supervised_tokens, "clip_norm": CLIP_NORM}
     autocast = training.config.precision == "bf16"
     return lambda: [plain_step(model, optimizer, training.plain, **settings, autocast=autocast), *trained]
 
@@ -308,3 +321,97 @@ def step_case(size: LlavaSize, stage: Stage, dtype: torch.dtype) -> Case:
         trains=True,
         one_copy=True,
     )
+
+
+# ------------------------------------------------------------------------------------------------ the token
+
+
+class Cost(NamedTuple):
+    """A step of the same samples, with alignment tokens and without."""
+
+    config: TrainConfig
+    sizes: dict[str, Size]  # by contender, as the others
+    steps: dict[str, Step]
+    expected: dict[str, Tensor]  # the loss, of batches of one sample
+
+
+def make_cost(device: torch.device, size: LlavaSize, stage: Stage, dtype: torch.dtype) -> Cost:
+    config = bench_step.recipe(stage, dtype)
+    sizes: dict[str, Size] = {"ours": Size(*size), WITHOUT: size}
+    steps, expected = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, make in (("ours", Data.make), (WITHOUT, llava_data)):
+            data = make(size, stage, Path(folder), size.global_batch)
+            (steps[name],) = (ready(loaded, device) for loaded in data.steps(device))
+            alone = [ready(loaded, device) for loaded in data.padded(1).steps(device)]
+            expected[name] = bench_step.mean_loss(sizes[name], config, alone)
+    return Cost(config, sizes, steps, expected)
+
+
+def cost_run(cost: Cost, name: str) -> Run:
+    """The loss as a share of what it has to be, at rate 0."""
+    model = bench_step.make_model(cost.sizes[name], cost.config)
+    optimizer = bench_step.optimizer_of(model, lr=0.0)
+
+    def run() -> Outputs:
+        loss, _ = bench_step.train_step(model, optimizer, cost.steps[name], cost.config.sharding)
+        return [loss.double() / cost.expected[name].cpu()]
+
+    return run
+
+
+def counts(run: Run, cost: Cost, seconds: float, *, name: str) -> dict[str, Any]:
+    return {"tokens": cost.steps[name].tokens, "micro_batches": len(cost.steps[name].batches)}
+
+
+def cost_case(size: LlavaSize, stage: Stage, dtype: torch.dtype) -> Case:
+    one = [torch.ones((), dtype=torch.float64)]
+    return Case(
+        name=f"alignment token, {stage}, {size.global_batch} samples",
+        make=lambda device: make_cost(device, size, stage, dtype),
+        contenders={
+            name: Contender(partial(cost_run, name=name), details=partial(counts, name=name))
+            for name in ("ours", WITHOUT)
+        },
+        exact=lambda cost: one,
+        plain=lambda cost: one,
+        floors=(tolerance(dtype),),
+        bytes=0,
+        flops=0,
+        stage="training step",
+        items=size.global_batch,
+        unit="samples",
+        group="alignment token",
+        rounds=9,
+        trains=True,
+        one_copy=True,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ cases and test
+
+
+LLAVA_7B = LlavaSize(*LLAMA_7B)._replace(layers=2, global_batch=16, per_device=8)  # five of them train side by side
+LLAVA_TINY = LlavaSize(*TINY)._replace(layers=2)
+LLAVA_SMALLEST = LlavaSize(*SMALLEST)._replace(global_batch=8, per_device=4)
+
+
+def cases_of(size: LlavaSize, dtype: torch.dtype, token: LlavaSize) -> list[Case]:
+    steps = [step_case(size, stage, dtype) for stage in STEPS]
+    return [forward_case(size, dtype), *steps, *(cost_case(token, stage, dtype) for stage in STEPS)]
+
+
+def cases() -> list[Case]:
+    return cases_of(LLAVA_7B, torch.bfloat16, LLAVA_7B._replace(layers=4))
+
+
+def cpu_cases() -> list[Case]:
+    return cases_of(LLAVA_TINY, torch.float32, LLAVA_TINY)
+
+
+def small_cases() -> list[Case]:
+    return cases_of(LLAVA_SMALLEST, torch.float32, LLAVA_SMALLEST)
+
+
+def test_llava(in_turns: Callable[[Case], None], case: Case) -> None:
+    in_turns(case)

@@ -181,11 +181,10 @@ def run_case(
                 for call in calls[1:]:
                     call()
                 synchronize(device)
-                if device.type == "cuda":
-                    if case.host:
-                        found["syncs"] = count_syncs(first)
-                    if case.memory:
-                        found["peak_bytes"] = peak_bytes(first)
+                if case.host:
+                    found["syncs"] = count_syncs(first, device)
+                if case.memory:
+                    found["peak_bytes"] = peak_bytes(first, device)
                 runs[name] = calls
             results[name] = found
         except (Absent, KernelUnavailable) as error:

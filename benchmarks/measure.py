@@ -8,15 +8,20 @@ four times the L2 cache, so that no call finds its inputs there. On a CPU the sa
 `time.perf_counter`.
 """
 
+import itertools
 import math
+import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Outputs = Sequence[Tensor]
 Run = Callable[[], Outputs]
@@ -111,8 +116,17 @@ def wall_seconds(contenders: Mapping[str, Sequence[Run]], device: torch.device, 
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def count_syncs(run: Run) -> int:
-    """How often a call waits for the GPU."""
+def count_syncs(run: Run, device: torch.device) -> int:
+    """How often a call waits for the GPU, or on a CPU would wait for one.
+
+    On a CPU: how often it asks for numbers (`item`, `bool`, `tolist`, `numpy`, `cpu`) or for a shape that depends on
+    them (`nonzero`, `unique`, indexing by booleans, …). Copies by `to` can't be told from copies to a device and are
+    not counted. What is compiled is called without its compilation, whose code would not be seen.
+    """
+    if device.type != "cuda":
+        with torch.compiler.set_stance("force_eager"), _AskedFunctions() as functions, _AskedOperators() as operators:
+            run()
+        return functions.count + operators.count
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -124,8 +138,49 @@ def count_syncs(run: Run) -> int:
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
-def peak_bytes(run: Run) -> int:
-    """GPU memory a call needs at its peak, beyond what was there before and what it returns."""
+ASKING = {
+    "_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "unique_dim", "unique_dim_consecutive",
+    "_unique", "_unique2", "equal", "bincount",
+}  # fmt: skip
+BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
+class _AskedOperators(TorchDispatchMode):
+    """Counts operators that a GPU's host would have to wait for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        asks = name in ASKING or (name == "repeat_interleave" and not (kwargs or {}).get("output_size"))
+        if name in BY_INDEX:
+            asks = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        self.count += asks
+        return func(*args, **(kwargs or {}))
+
+
+class _AskedFunctions(TorchFunctionMode):
+    """Counts functions that read a tensor without an operator where it is on the host already."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (Tensor.tolist, Tensor.numpy, Tensor.cpu)
+        return func(*args, **(kwargs or {}))
+
+
+def peak_bytes(run: Run, device: torch.device) -> int:
+    """Memory a call needs at its peak, beyond what was there before and what it returns.
+
+    On a CPU from the profiler, which hears of every allocation, by compiled code too.
+    """
+    if device.type != "cuda":
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no lines about its start and end
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            returned = sum(t.nbytes for t in run())
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        return max(0, *itertools.accumulate(sizes, initial=0)) - returned
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -267,8 +267,53 @@ def test_waits_are_counted(monkeypatch):
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         return []
 
-    assert measure.count_syncs(waits_twice) == 2
+    assert measure.count_syncs(waits_twice, torch.device("cuda")) == 2
     assert modes == ["warn", 0]
+
+
+def test_waits_are_counted_without_a_gpu():
+    x, mask = torch.randn(50), torch.arange(50) % 2 == 0
+    waiting: list[Callable[[], Any]] = [
+        lambda: x[0].item(), lambda: bool(x[0] > 0), lambda: x.tolist(), lambda: x.numpy(), lambda: x.cpu(),
+        lambda: x.nonzero(), lambda: torch.where(mask), lambda: x[mask], lambda: x.masked_select(mask),
+        lambda: x.unique(), lambda: x.clone().index_put_((mask,), x[:25]), lambda: torch.equal(x, x),
+        lambda: x.repeat_interleave(mask.int()),
+    ]  # fmt: skip
+    for number, call in enumerate(waiting):
+        assert measure.count_syncs(lambda call=call: [call(), x + 1], CPU) == 1, number
+    weight = torch.randn(50, requires_grad=True)
+
+    def free() -> list[Tensor]:
+        loss = (x[x.argsort()] * weight).where(mask, 0).masked_fill(mask, 1).sum()
+        lengths = torch.repeat_interleave(x, torch.full((50,), 2), output_size=100)
+        return [*torch.autograd.grad(loss, [weight]), lengths, torch.zeros(3).index_add_(0, torch.tensor([1]), x[:1])]
+
+    assert measure.count_syncs(free, CPU) == 0
+    in_backward = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t * t[0].item())
+
+    def waits_in_backward() -> list[Tensor]:
+        with in_backward:
+            loss = (weight * x).sum()
+        return list(torch.autograd.grad(loss, [weight]))
+
+    assert measure.count_syncs(waits_in_backward, CPU) == 1
+
+
+def test_memory_is_what_a_call_needs_beside_what_it_returns_and_was_given():
+    x, megabyte = torch.randn(250, 1000, requires_grad=True), 1_000_000
+    with torch.no_grad():
+        calls: dict[Callable[[], list[Tensor]], int] = {
+            lambda: [x + 1]: 0,
+            lambda: [(x.exp() + 1).sum()]: 2 * megabyte,
+            lambda: [torch.cat([x, x]).T @ torch.ones(500, 10)]: 2 * megabyte + 500 * 10 * 4,
+        }
+        for number, (call, needed) in enumerate(calls.items()):
+            assert measure.peak_bytes(call, CPU) == pytest.approx(needed, abs=200), number
+
+    def backward() -> list[Tensor]:  # keeps two results of exp; then there are two gradients at a time, one returned
+        return list(torch.autograd.grad(x.exp().exp().sum(), [x]))
+
+    assert measure.peak_bytes(backward, CPU) == pytest.approx(3 * megabyte - megabyte, abs=200)
 
 
 def test_enough_copies_to_leave_the_cache(monkeypatch):

@@ -19,7 +19,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -163,7 +164,15 @@ def wall_seconds(contenders: Mapping[str, Sequence[Run]], device: torch.device, 
 
 
 def count_syncs(run: Run, device: torch.device) -> int:
-    """How often a call waits for the GPU, or on a CPU would wait for one.
+    """How often a call waits for the GPU, or on a CPU would wait for one; see `syncs_counted`."""
+    with syncs_counted(device) as count:
+        run()
+        return count()
+
+
+@contextmanager
+def syncs_counted(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Gives a function that says how often the host waited so far.
 
     On a CPU: how often it asks for numbers (`item`, `bool`, `tolist`, `numpy`, `cpu`) or for a shape that depends on
     them (`nonzero`, `unique`, indexing by booleans, …). Copies by `to` can't be told from copies to a device and are
@@ -171,17 +180,16 @@ def count_syncs(run: Run, device: torch.device) -> int:
     """
     if device.type != "cuda":
         with torch.compiler.set_stance("force_eager"), _AskedFunctions() as functions, _AskedOperators() as operators:
-            run()
-        return functions.count + operators.count
+            yield lambda: functions.count + operators.count
+        return
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            run()
+            yield lambda: sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 ASKING = {
@@ -221,11 +229,13 @@ def peak_bytes(run: Run, device: torch.device) -> int:
     On a CPU from the profiler, which hears of every allocation, by compiled code too.
     """
     if device.type != "cuda":
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no lines about its start and end
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        returned = 0
+
+        def called() -> None:
+            nonlocal returned
             returned = sum(t.nbytes for t in run())
-        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-        sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+        sizes = [size for size in allocations(called) if isinstance(size, int)]
         return max(0, *itertools.accumulate(sizes, initial=0)) - returned
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -233,6 +243,20 @@ def peak_bytes(run: Run, device: torch.device) -> int:
     returned = sum(t.nbytes for t in run())
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before - returned
+
+
+def allocations(call: Callable[[], Any], marks: str | None = None) -> list[int | str]:
+    """Sizes of what a call allocates on a CPU, negative where it is freed, in order; among them the names of those
+    ranges of `torch.profiler.record_function` that begin with `marks`, where they begin."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no lines about its start and end
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return [
+        event.nbytes() if event.name() == "[memory]" else event.name()
+        for event in events
+        if event.name() == "[memory]" or (marks is not None and event.name().startswith(marks))
+    ]
 
 
 def compare(

@@ -6,26 +6,20 @@ the device's own clock, memory beyond what was held when it began, and waits of 
 and waits are without those of the stages that lie in it; its peak is with theirs. On a GPU a stage begins and ends
 where its work does in the stream, so that a wait of the host which the device does not notice takes no time.
 
-What is measured disturbs: steps are timed with and without marks in turns, and memory and waits are counted in a step
+What is measured disturbs: steps are timed with and without marks in turns, and memory and waits are counted in steps
 of their own. The rows and `rest` are the marked steps'; whoever shows them compares their sum with `whole_us`.
 """
 
 import contextlib
 import statistics
-import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import record_function
 
 from aligngpt.stages import Stopwatch, listening
-from benchmarks.measure import synchronize
+from benchmarks.measure import allocations, synchronize, syncs_counted
 
 TABLE = {
     "read + decode": "bench_images",
@@ -47,6 +41,7 @@ TABLE = {
     "evaluation": "bench_evaluation",
 }
 UNMARKED = "unmarked"  # what of a step no mark covers
+MARK = "boundary of a stage: "
 
 
 class StageWork(NamedTuple):
@@ -66,7 +61,7 @@ def measure(
     before: Callable[[], Any] = lambda: None,  # each step, outside of what is measured
 ) -> dict[str, Any]:
     """The table of a step: {"whole_us", "whole_peak_bytes", "whole_syncs", "stages": a row for each of `work` in its
-    order, "rest": microseconds of all else by name}. It runs 2 + 2 · rounds steps, which must do the same.
+    order, "rest": microseconds of all else by name}. It runs 3 + 2 · rounds steps, which must do the same.
 
     Raises:
         ValueError: a stage of `work` did not run.
@@ -79,19 +74,19 @@ def measure(
         before()
         marked.append(_seconds(step, device, listen=True))
     before()
-    observed = observe(step, device)
+    highest = peaks(step, device)
+    before()
+    waited = waits(step, device)
     missing = [name for name in work if name not in marked[0]]
     if missing:
         raise ValueError(f"work has {missing}; it needs stages that the step runs, which are {list(marked[0])[1:]}")
     us = {name: round(1e6 * statistics.median(of[name] for of in marked), 3) for name in marked[0]}
     return {
         "whole_us": round(1e6 * statistics.median(whole), 3),
-        "whole_peak_bytes": observed.peaks[UNMARKED],
-        "whole_syncs": sum(observed.waits.values()),
+        "whole_peak_bytes": highest[UNMARKED],
+        "whole_syncs": sum(waited.values()),
         "stages": [
-            {"stage": name, "us": us[name]}
-            | of_stage._asdict()
-            | {"peak_bytes": observed.peaks[name], "syncs": observed.waits[name]}
+            {"stage": name, "us": us[name]} | of_stage._asdict() | {"peak_bytes": highest[name], "syncs": waited[name]}
             for name, of_stage in work.items()
         ],
         "rest": {name: us[name] for name in [*list(us)[1:], UNMARKED] if name not in work},
@@ -112,141 +107,86 @@ def _seconds(step: Callable[[], Any], device: torch.device, *, listen: bool) -> 
 # ------------------------------------------------------------------------------------------------ memory and waits
 
 
-class Gauge(Protocol):
-    def held(self) -> int:
-        """Bytes now."""
+class _AtBoundaries:
+    """A listener that calls a function wherever a stage begins (True) or ends."""
 
-    def highest(self) -> int:
-        """Most bytes since this was asked last."""
-
-    def waits(self) -> int:
-        """Of the host for the device, so far."""
+    def __init__(self, call: Callable[[str, bool], None]):
+        self.begin: Callable[[str], None] = lambda name: call(name, True)
+        self.end: Callable[[str], None] = lambda name: call(name, False)
 
 
-@dataclass
-class _Open:
-    name: str
-    began: int
-    highest: int
+def _listened(step: Callable[[], Any], at_boundary: Callable[[str, bool], None]) -> None:
+    with listening(_AtBoundaries(at_boundary)):
+        at_boundary(UNMARKED, True)
+        step()
+        at_boundary(UNMARKED, False)
 
 
-class Observer:
-    """A listener that reads a gauge wherever a stage begins or ends."""
+def peaks(step: Callable[[], Any], device: torch.device) -> dict[str, int]:
+    """Most bytes that a stage held beyond those that were held when it began; UNMARKED is the whole step.
 
-    def __init__(self, gauge: Gauge):
-        self.gauge = gauge
-        self.open: list[_Open] = []
-        self.seen = gauge.waits()
-        self.peaks: dict[str, int] = {}
-        self.waits: dict[str, int] = {}
-
-    def begin(self, name: str) -> None:
-        self._read()
-        held = self.gauge.held()
-        self.open.append(_Open(name, held, held))
-        self.peaks.setdefault(name, 0)
-        self.waits.setdefault(name, 0)
-
-    def end(self, name: str) -> None:
-        self._read()
-        ended = self.open.pop()
-        assert ended.name == name, f"{name} ended inside of {ended.name}: one thread at a time can be observed"
-        self.peaks[name] = max(self.peaks[name], ended.highest - ended.began)
-
-    def _read(self) -> None:
-        """What happened since the last boundary is the innermost stage's, and its peak also of those around it."""
-        highest, waits = self.gauge.highest(), self.gauge.waits()
-        for stage in self.open:
-            stage.highest = max(stage.highest, highest)
-        if self.open:
-            self.waits[self.open[-1].name] += waits - self.seen
-        self.seen = waits
-
-
-def observe(step: Callable[[], Any], device: torch.device) -> Observer:
-    """Peaks and waits of one step by stage, and of all of it as UNMARKED.
-
-    On a CPU memory is that of storages which PyTorch's operators make in this thread, and a wait is an operator that
-    would wait for a GPU. On a GPU a wait of another thread counts to the stage that is at work.
+    On a CPU of what PyTorch allocates in this thread.
     """
-    synchronize(device)
-    with _of_gpu(device) if device.type == "cuda" else OfCpu() as gauge:
-        observer = Observer(gauge)
-        with listening(observer):
-            observer.begin(UNMARKED)
-            step()
-            observer.end(UNMARKED)
-    return observer
+    open_stages: list[tuple[int, int]] = []  # bytes held when each began, and most since
+    found: dict[str, int] = {}
+
+    def boundary(name: str, begins: bool, highest: int, held: int) -> None:
+        """highest: since the last boundary."""
+        open_stages[:] = [(began, max(top, highest)) for began, top in open_stages]
+        if begins:
+            open_stages.append((held, held))
+        else:
+            began, top = open_stages.pop()
+            found[name] = max(found.get(name, 0), top - began)
+
+    if device.type == "cuda":
+
+        def read(name: str, begins: bool) -> None:
+            boundary(name, begins, torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device))
+            torch.cuda.reset_peak_memory_stats(device)
+
+        synchronize(device)
+        _listened(step, read)
+        return found
+
+    def mark(name: str, begins: bool) -> None:
+        with record_function(f"{MARK}{int(begins)}{name}"):
+            pass
+
+    held = highest = 0
+    for what in allocations(lambda: _listened(step, mark), MARK):
+        if isinstance(what, int):
+            held += what
+            highest = max(highest, held)
+        else:
+            begins, name = what[len(MARK)], what[len(MARK) + 1 :]
+            boundary(name, begins == "1", highest, held)
+            highest = held
+    return found
 
 
-class _OfGpu:
-    def __init__(self, device: torch.device, caught: list[warnings.WarningMessage]):
-        self.device, self.caught = device, caught
+def waits(step: Callable[[], Any], device: torch.device) -> dict[str, int]:
+    """How often a stage waits for the device, without the stages that lie in it; UNMARKED is what none covers.
 
-    def held(self) -> int:
-        return torch.cuda.memory_allocated(self.device)
+    On a GPU a wait of another thread counts to the stage that is at work.
+    """
+    open_stages: list[str] = []
+    found: dict[str, int] = {}
+    seen = 0
 
-    def highest(self) -> int:
-        highest = torch.cuda.max_memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return highest
+    with syncs_counted(device) as count:
 
-    def waits(self) -> int:
-        return sum("synchronizing CUDA operation" in str(warning.message) for warning in self.caught)
+        def boundary(name: str, begins: bool) -> None:
+            nonlocal seen
+            now = count()
+            if open_stages:
+                found[open_stages[-1]] += now - seen
+            seen = now
+            found.setdefault(name, 0)
+            if begins:
+                open_stages.append(name)
+            else:
+                open_stages.pop()
 
-
-@contextlib.contextmanager
-def _of_gpu(device: torch.device) -> Iterator[Gauge]:
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        torch.cuda.reset_peak_memory_stats(device)
-        try:
-            yield _OfGpu(device, caught)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-
-
-WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2")
-
-
-class OfCpu(TorchDispatchMode):
-    """Adds up the storages that operators make, as long as they live, and counts operators that look at values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sizes: dict[int, int] = {}
-        self._held = self._highest = self._waits = 0
-
-    def held(self) -> int:
-        return self._held
-
-    def highest(self) -> int:
-        highest, self._highest = self._highest, self._held
-        return highest
-
-    def waits(self) -> int:
-        return self._waits
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self._waits += func.name().partition(".")[0] in WAITING
-        given = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(result):
-            key = storage._cdata
-            if key not in given and key not in self._sizes:
-                self._sizes[key] = storage.nbytes()
-                self._held += self._sizes[key]
-                self._highest = max(self._highest, self._held)
-                weakref.finalize(storage, self._gone, key)
-        return result
-
-    def _gone(self, key: int) -> None:
-        self._held -= self._sizes.pop(key)
-
-
-def _storages(values: Any) -> Iterator[Any]:
-    for leaf in tree_leaves(values):
-        if isinstance(leaf, Tensor):
-            yield (leaf._local_tensor if isinstance(leaf, DTensor) else leaf).untyped_storage()
+        _listened(step, boundary)
+    return found

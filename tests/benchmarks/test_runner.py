@@ -20,7 +20,7 @@ from benchmarks import case as case_module
 from benchmarks import run as runner
 from benchmarks.case import ENDED, Absent, Case, Contender, DeviceLost, run_case, simple
 from benchmarks.measure import Ceilings, compare, take_turns
-from benchmarks.results import Results, code_hash, commit, write_json
+from benchmarks.results import MEASURING, Results, code_hash, commit, write_json
 from benchmarks.run import all_cases, run_cases, supervise
 
 CPU = torch.device("cpu")
@@ -453,7 +453,7 @@ def test_the_code_is_that_of_kernels_and_cases(tmp_path):
     (tmp_path / "kernels/aligngpt_kernels").mkdir(parents=True)
     (tmp_path / "benchmarks").mkdir()
     files = ["kernels/aligngpt_kernels/gate.py", "benchmarks/bench_gate.py", "benchmarks/measure.py"]
-    for file in [*files, "benchmarks/case.py", "benchmarks/shapes.py", "benchmarks/requirements.py"]:
+    for file in [*files, *(f"benchmarks/{name}" for name in MEASURING), "benchmarks/requirements.py"]:
         (tmp_path / file).write_text("1")
     hashes = [code_hash(tmp_path)]
     for file in files:

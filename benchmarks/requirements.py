@@ -278,16 +278,26 @@ def described(top: Ceilings, device: torch.device) -> str:
 
 
 def exceptions(cases: Mapping[str, Record]) -> list[str]:
-    """A line for every contender that has no time, and for every one that is faster than ours."""
-    lines = []
+    """What a table of times and ratios does not say: who has no time and why, and which others are faster than ours."""
+    missing: dict[tuple[str, str], list[str]] = {}  # cases by contender and reason
+    faster, compared = [], 0
     for case, record in cases.items():
-        lines += [f"{case}: {kind}: {record[kind]}" for kind in ("failed", "skipped") if kind in record]
+        for kind in ("failed", "skipped"):
+            if kind in record:
+                missing.setdefault(("the whole case", f"{kind}: {record[kind]}"), []).append(case)
         for name, found in record["contenders"].items():
             if "us" not in found:
-                said = (f"{kind}: {why}" for kind, why in found.items() if isinstance(why, str))
-                lines.append(f"{case}: {name} has no time; {'; '.join(said)}")
-            elif found.get("ratio", {"median": 1})["median"] < 1:
-                lines.append(f"{case}: {name} is faster, {ratio_said(found)}")
+                why = "; ".join(f"{kind}: {said}" for kind, said in found.items() if isinstance(said, str))
+                missing.setdefault((name, why), []).append(case)
+            elif "ratio" in found:
+                compared += 1
+                if found["ratio"]["median"] < 1:
+                    faster.append(f"  {case}: {name}, {ratio_said(found)}")
+    lines = [f"{len(faster)} of {compared} contenders of {len(cases)} cases are faster than ours", *faster]
+    if missing:
+        lines.append("without a time:")
+    for (name, why), found_in in missing.items():
+        lines.append(f"  {name}: {why} ({found_in[0] if len(found_in) == 1 else f'{len(found_in)} cases'})")
     return lines
 
 

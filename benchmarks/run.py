@@ -28,7 +28,15 @@ from benchmarks.results import Results, device_name, write_json
 
 NOT_FINISHED, LOST = 3, 4  # exit statuses
 RESERVE_SECONDS, MOST_RESERVED = 60, 200  # for a case, until one took longer; and then at most
-FIRST = ("bench_projector", "bench_injection", "bench_chain", "bench_loss", "bench_gate", "bench_step", "bench_generate")
+FIRST = (
+    "bench_projector",
+    "bench_injection",
+    "bench_chain",
+    "bench_loss",
+    "bench_gate",
+    "bench_step",
+    "bench_generate",
+)
 LAST = "bench_decode"
 GPU = torch.device("cuda")
 OURS = ("aligngpt_kernels", "aligngpt", "training", "benchmarks")

@@ -10,16 +10,15 @@ to give the same logits, loss and updates. Everybody is given the same samples, 
                 update, all weights; in bf16 also the norm, which the two ways of rounding may put BF16_NORM apart
     the token   a step of ours with it and without it: the gate, or the look-up of levels, and a token more a sample
 
-An image's mark must have a row in Llava's vocabulary: it is given `<unk>`, which no text here has, and padding is `</s>`.
-
-Liger patches the modules of transformers for good; here its functions stand in them only while its own model runs, and
-who is timed beside it runs as transformers has it. On a CPU torch.compile and Liger are not timed in a step: the first
-compiles for minutes, the second has no path there.
+The mark of an image row must have a row in Llava's vocabulary: it is given `<unk>`, which no text here has, and padding
+is `</s>`. Liger patches the modules of transformers for good; here its functions stand in them only while its own model
+runs, and who is timed beside it runs as transformers has it. On a CPU torch.compile and Liger are not timed: the first
+compiles for most of a minute, the second has no path there.
 """
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -37,25 +36,14 @@ from aligngpt.batch import Batch
 from aligngpt.config import AlignGPTConfig, llava_config
 from aligngpt.model import AlignGPTForConditionalGeneration
 from benchmarks import bench_step
-from benchmarks.bench_step import (
-    CLIP_NORM,
-    LLAMA_7B,
-    PLAIN_LR,
-    SMALLEST,
-    STEPS,
-    TINY,
-    Data,
-    Size,
-    Step,
-    ready,
-    tolerance,
-)
-from benchmarks.case import Case, Contender
+from benchmarks.bench_step import LLAMA_7B, MICRO, PLAIN_LR, STEPS, TINY, Data, Size, ready, tolerance
+from benchmarks.case import Case, Contender, InTurns
 from benchmarks.measure import Outputs, Run
 from benchmarks.plain import PlainBatch, compile_llm, plain_batch
 from benchmarks.plain import step as plain_step
 from training import sharding
 from training.config import Stage, TrainConfig
+from training.loop import Step
 
 UNKNOWN, END = 0, 2  # of the benchmark's tokenizer: an image's mark, and padding, which is masked
 BF16_NORM = 0.05
@@ -72,11 +60,12 @@ class LlavaSize(Size):
         return config
 
 
-def llava_data(size: Size, stage: Stage, folder: Path, num_samples: int) -> Data:
-    """The samples of a stage without alignment tokens."""
-    data = Data.make(size, stage, folder, num_samples)
-    data.samples.processor.align, data.samples.levels = False, None
-    return data
+def without_token(data: Data) -> Data:
+    """The same samples without alignment tokens."""
+    samples = copy.copy(data.samples)
+    samples.processor = copy.copy(samples.processor)
+    samples.processor.align, samples.levels = False, None
+    return data._replace(samples=samples)
 
 
 def llava_of(model: AlignGPTForConditionalGeneration) -> LlavaForConditionalGeneration:
@@ -141,8 +130,8 @@ class Forward(NamedTuple):
 
 def make_forward(device: torch.device, size: LlavaSize, dtype: torch.dtype) -> Forward:
     with tempfile.TemporaryDirectory() as folder:
-        data = llava_data(size, "finetune", Path(folder), size.per_device)
-        examples = data.examples()[: size.per_device]
+        data = without_token(Data.make(size, "finetune", Path(folder), size.per_device))
+        examples = data.examples()
     collate = data.samples.processor.collate
     model = bench_step.whole_model(size, bench_step.recipe("finetune", dtype)).eval().requires_grad_(False).to(dtype)
     return Forward(model, collate(examples, packed=True).to(device), collate(examples).to(device))
@@ -191,7 +180,7 @@ def forward_case(size: LlavaSize, dtype: torch.dtype) -> Case:
             "ours": Contender(partial(our_forward, packed=True), of_tokens),
             "ours, padded": Contender(partial(our_forward, packed=False), of_tokens),
             LLAVA: Contender(llava_forward, of_tokens),
-            COMPILED: Contender(partial(llava_forward, kind=COMPILED), of_tokens),
+            COMPILED: Contender(partial(llava_forward, kind=COMPILED), of_tokens, gpu_only=True),
             LIGER: Contender(partial(llava_forward, kind=LIGER), of_tokens, gpu_only=True),
         },
         exact=lambda forward: of_tokens(forward, llava_forward(forward, dtype=torch.float64)()),
@@ -223,7 +212,7 @@ class Training(NamedTuple):
 def make_training(device: torch.device, size: LlavaSize, stage: Stage, dtype: torch.dtype) -> Training:
     config = bench_step.recipe(stage, dtype)
     with tempfile.TemporaryDirectory() as folder:
-        data = llava_data(size, stage, Path(folder), size.global_batch)
+        data = without_token(Data.make(size, stage, Path(folder), size.global_batch))
         (step,) = (ready(loaded, device) for loaded in data.steps(device))
         (padded,) = (ready(loaded, device) for loaded in data.padded(size.per_device).steps(device))
         examples = data.examples()
@@ -240,8 +229,7 @@ def our_step(training: Training) -> Run:
     model = bench_step.make_model(training.size, training.config)
     optimizer = bench_step.optimizer_of(model, lr=PLAIN_LR)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    sharded = training.config.sharding
-    return lambda: [bench_step.train_step(model, optimizer, training.step, sharded), *trained]
+    return lambda: [bench_step.train_step(model, optimizer, training.step, training.config), *trained]
 
 
 def llava_step(training: Training, *, kind: str = LLAVA) -> Run:
@@ -261,7 +249,7 @@ def llava_step(training: Training, *, kind: str = LLAVA) -> Run:
                 loss = llava(**batch, num_items_in_batch=supervised, use_cache=False).loss
             loss.backward()
             total += loss.detach()
-        norm = clip_grad_norm_(trained, CLIP_NORM)
+        norm = clip_grad_norm_(trained, training.config.optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         return [torch.stack([total, norm]), *trained]
@@ -275,9 +263,19 @@ def plain_run(training: Training) -> Run:
     compile_llm(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=PLAIN_LR, weight_decay=0.0)
-    settings: dict[str, Any] = {"supervised_tokens": training.step.supervised_tokens, "clip_norm": CLIP_NORM}
-    autocast = training.config.precision == "bf16"
-    return lambda: [plain_step(model, optimizer, training.plain, **settings, autocast=autocast), *trained]
+
+    def run() -> Outputs:
+        result = plain_step(
+            model,
+            optimizer,
+            training.plain,
+            supervised_tokens=training.step.supervised_tokens,
+            clip_norm=training.config.optim.clip_norm,
+            autocast=training.config.precision == "bf16",
+        )
+        return [result, *trained]
+
+    return run
 
 
 def updated(training: Training, outputs: Outputs) -> Outputs:
@@ -340,8 +338,8 @@ def make_cost(device: torch.device, size: LlavaSize, stage: Stage, dtype: torch.
     sizes: dict[str, Size] = {"ours": Size(*size), WITHOUT: size}
     steps, expected = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, make in (("ours", Data.make), (WITHOUT, llava_data)):
-            data = make(size, stage, Path(folder), size.global_batch)
+        with_token = Data.make(size, stage, Path(folder), size.global_batch)
+        for name, data in (("ours", with_token), (WITHOUT, without_token(with_token))):
             (steps[name],) = (ready(loaded, device) for loaded in data.steps(device))
             alone = [ready(loaded, device) for loaded in data.padded(1).steps(device)]
             expected[name] = bench_step.mean_loss(sizes[name], config, alone)
@@ -354,7 +352,7 @@ def cost_run(cost: Cost, name: str) -> Run:
     optimizer = bench_step.optimizer_of(model, lr=0.0)
 
     def run() -> Outputs:
-        loss, _ = bench_step.train_step(model, optimizer, cost.steps[name], cost.config.sharding)
+        loss, _ = bench_step.train_step(model, optimizer, cost.steps[name], cost.config)
         return [loss.double() / cost.expected[name].cpu()]
 
     return run
@@ -393,25 +391,25 @@ def cost_case(size: LlavaSize, stage: Stage, dtype: torch.dtype) -> Case:
 
 LLAVA_7B = LlavaSize(*LLAMA_7B)._replace(layers=2, global_batch=16, per_device=8)  # five of them train side by side
 LLAVA_TINY = LlavaSize(*TINY)._replace(layers=2)
-LLAVA_SMALLEST = LlavaSize(*SMALLEST)._replace(global_batch=8, per_device=4)
+LLAVA_MICRO = LlavaSize(*MICRO)
 
 
-def cases_of(size: LlavaSize, dtype: torch.dtype, token: LlavaSize) -> list[Case]:
-    steps = [step_case(size, stage, dtype) for stage in STEPS]
-    return [forward_case(size, dtype), *steps, *(cost_case(token, stage, dtype) for stage in STEPS)]
+def cases_of(size: LlavaSize, dtype: torch.dtype, stages: Sequence[Stage] = STEPS) -> list[Case]:
+    steps = [step_case(size, stage, dtype) for stage in stages]
+    return [forward_case(size, dtype), *steps, *(cost_case(size, stage, dtype) for stage in stages)]
 
 
 def cases() -> list[Case]:
-    return cases_of(LLAVA_7B, torch.bfloat16, LLAVA_7B._replace(layers=4))
+    return cases_of(LLAVA_7B, torch.bfloat16)
 
 
 def cpu_cases() -> list[Case]:
-    return cases_of(LLAVA_TINY, torch.float32, LLAVA_TINY)
+    return cases_of(LLAVA_TINY, torch.float32)
 
 
 def small_cases() -> list[Case]:
-    return cases_of(LLAVA_SMALLEST, torch.float32, LLAVA_SMALLEST)
+    return cases_of(LLAVA_MICRO, torch.float32, stages=("finetune",))
 
 
-def test_llava(in_turns: Callable[[Case], None], case: Case) -> None:
+def test_llava(in_turns: InTurns, case: Case) -> None:
     in_turns(case)

@@ -380,7 +380,7 @@ def cost_case(size: LlavaSize, stage: Stage, dtype: torch.dtype) -> Case:
         items=size.global_batch,
         unit="samples",
         group="alignment token",
-        rounds=9,
+        rounds=7,
         trains=True,
         one_copy=True,
     )

@@ -76,9 +76,9 @@ def cublaslt(p: Projector) -> Outputs:
 
 
 def apex(p: Projector) -> Outputs:
-    from apex.fused_dense import fused_dense_gelu_dense_function
+    from apex.fused_dense import FusedDenseGeluDenseFunc
 
-    return [fused_dense_gelu_dense_function(p.x, p.w1, p.b1, p.w2, p.b2)]
+    return [FusedDenseGeluDenseFunc.apply(p.x, p.w1, p.b1, p.w2, p.b2)]
 
 
 def case(

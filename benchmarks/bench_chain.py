@@ -1,6 +1,6 @@
 """Projector, gate and injection as one stage of 16 images: ours, in parts and fused, against what it replaces.
 
-What it replaces is the eager projector and the public code's concatenating algorithm (bench_injection.py) with its gate
+What it replaces is the eager projector and the public code's concatenating algorithm (public.py) with its gate
 between: the text mean of each padded text block, the dots with the padded image block, a two-layer MLP, the mix.
 Forward + backward gives projector and gate their gradients; the embeddings and the gate's table are frozen.
 """
@@ -25,11 +25,12 @@ from aligngpt_kernels import (
 from torch import Tensor
 
 from benchmarks import bench_injection, bench_projector
-from benchmarks.bench_injection import Batch, concatenate, make_batch, search
+from benchmarks.bench_injection import Batch, concatenated, make_batch
 from benchmarks.bench_projector import Projector
-from benchmarks.case import Case, our_impl, simple, with_grads
+from benchmarks.case import Case, InTurns, our_impl, simple, with_grads
 from benchmarks.measure import Outputs
-from benchmarks.shapes import FEATURES, GATE_HIDDEN, IMAGES, LEVELS, ROWS, TEXT, VOCABULARY, WIDTH
+from benchmarks.public import Cut, search
+from benchmarks.shapes import CPU_WIDTH, FEATURES, GATE_HIDDEN, IMAGES, LEVELS, ROWS, TEXT, VOCABULARY, WIDTH
 
 
 class Chain(NamedTuple):
@@ -95,22 +96,22 @@ def mix(dots: Tensor, c: Chain) -> Tensor:
     return (alpha @ c.table[:-1].to(dots.dtype) + c.table[-1]).to(c.table.dtype)
 
 
-def concatenating(c: Chain, cut_texts: list[tuple[Tensor, Tensor]]) -> Tensor:
+def concatenating(c: Chain, cuts: list[Cut]) -> Tensor:
     image_rows = fused_projector_reference(*c.projector[:5])
 
     def heads(text: Tensor, image: Tensor) -> Tensor:  # (S, longest text, D), (S, P, D)
         mean = text[:, 1:].sum(1) / (c.counts.to(text.dtype) + 1e-8)
         return mix((image @ mean[:, :, None])[:, :, 0], c)
 
-    return concatenate(c.batch._replace(image_rows=image_rows), cut_texts, heads)
+    return concatenated(c.batch._replace(image_rows=image_rows), cuts, heads)
 
 
 def known(c: Chain) -> Tensor:
-    return concatenating(c, [(text[: bench_injection.CUT], text[bench_injection.CUT :]) for text in c.batch.texts])
+    return concatenating(c, [Cut(text[: bench_injection.CUT], text[bench_injection.CUT :]) for text in c.batch.texts])
 
 
 def searching(c: Chain) -> Tensor:
-    return concatenating(c, search(c.batch.marked))
+    return concatenating(c, search(c.batch.marked, c.batch.marked != bench_injection.PADDING))
 
 
 def outputs(function: Callable[[Chain], Tensor], c: Chain) -> Outputs:
@@ -173,6 +174,7 @@ def case(
         # without it the parts run, each where its own measurement lets it
         dispatch=("project_and_inject", "ours, project_and_inject", ("ours, in parts", "ours, eager projector")),
         host=True,
+        memory=True,
     )
 
 
@@ -180,10 +182,15 @@ def cases() -> list[Case]:
     return [case(backward=backward) for backward in (False, True)]
 
 
+def cpu_cases() -> list[Case]:
+    here = partial(case, rows=144, width=CPU_WIDTH // 2, dtype=torch.float32)
+    return [here(backward=backward) for backward in (False, True)]
+
+
 def small_cases() -> list[Case]:
-    small = {"rows": 16, "features": 32, "width": 64, "vocabulary": 500}
-    return [case(backward=backward, **small, dtype=torch.float32) for backward in (False, True)]
+    small = partial(case, rows=16, features=32, width=64, vocabulary=500, dtype=torch.float32)
+    return [small(backward=backward) for backward in (False, True)]
 
 
-def test_chain(in_turns: Callable[[Case], None], case: Case) -> None:
+def test_chain(in_turns: InTurns, case: Case) -> None:
     in_turns(case)

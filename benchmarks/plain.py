@@ -1,12 +1,11 @@
-"""AlignGPT in a plain training loop: padded batches, a loop over samples, logits of every row. No op of ours is used.
+"""AlignGPT, or LLaVA, in a plain training loop: padded batches, a loop over samples, logits of every row.
 
-It is what one writes with PyTorch and transformers by the public algorithm (SPEC, paragraph 3): embed a sample's text,
-cut it where the image goes, concatenate text, alignment row and image rows, pad all samples with zeros to the longest;
-the LLM with a padding mask, its head on all rows, cross entropy in float32, torch's AdamW with its defaults. A model of
-ours lends its modules, so that both loops have the same weights.
+It is what one writes with PyTorch and transformers by the public algorithm (public.py): the LLM with a padding mask,
+its head on all rows, cross entropy in float32, torch's AdamW with its defaults. A model of ours lends its modules, so
+that both loops have the same weights; no op of ours is used. With `align_mode` "none" no alignment row goes in.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,78 +18,92 @@ from aligngpt.batch import Example
 from aligngpt.config import AlignGPTConfig
 from aligngpt.model import AlignGPTForConditionalGeneration
 from aligngpt.text import IGNORE_INDEX
-
-MARK = -200  # the public code's image token
-
-
-class Text(NamedTuple):
-    """A sample's text with a MARK where its image goes; the others are as long."""
-
-    ids: Tensor
-    labels: Tensor
-    in_prompt: Tensor  # bool, False at the mark: the words that the gate averages
-    level: int | None
+from benchmarks.public import MARK, Cut, concatenate, cut_labels, search
 
 
 class PlainBatch(NamedTuple):
-    texts: list[Text]
-    pixels: Tensor
+    """Samples as the public code is given them: texts padded on the right, with a MARK where an image goes. (B, L)"""
+
+    ids: Tensor
+    present: Tensor  # bool, False at padding
+    labels: Tensor
+    in_prompt: Tensor  # bool: the words that the gate averages
+    levels: Tensor | None  # (S,) of the samples that have an image; None: the gate makes their alignment rows
+    pixels: Tensor  # (S, 3, size, size)
 
     def to(self, device: torch.device) -> "PlainBatch":
-        texts = [
-            text._replace(ids=text.ids.to(device), labels=text.labels.to(device), in_prompt=text.in_prompt.to(device))
-            for text in self.texts
-        ]
-        return PlainBatch(texts, self.pixels.to(device))
+        return self._replace(**{name: part.to(device) for name, part in self._asdict().items() if part is not None})
 
 
 def plain_batch(examples: Sequence[Example], config: AlignGPTConfig) -> PlainBatch:
-    """The same samples as the public code is given them."""
-    texts = []
+    """The same samples, without alignment tokens and with one mark for all rows of an image."""
+    ids, labels, in_prompt = [], [], []
     for example in examples:
-        ids, labels, gate_mask = example.text.input_ids, example.text.labels, example.text.gate_mask
-        image = ids == config.image_token_id
+        text = example.text
+        image = text.input_ids == config.image_token_id
         first = image & (image.cumsum(0) == 1)
-        kept = (ids != config.align_token_id) & (~image | first)
-        texts.append(Text(ids.masked_fill(first, MARK)[kept], labels[kept], gate_mask[kept], example.level))
-    return PlainBatch(texts, torch.cat([example.pixel_values for example in examples]))
+        kept = (text.input_ids != config.align_token_id) & (~image | first)
+        ids.append(text.input_ids.masked_fill(first, MARK)[kept])
+        labels.append(text.labels[kept])
+        in_prompt.append(text.gate_mask[kept])
+    levels = [example.level for example in examples if example.level is not None and len(example.pixel_values)]
+    return PlainBatch(
+        pad_sequence(ids, batch_first=True),
+        pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in ids], batch_first=True),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        pad_sequence(in_prompt, batch_first=True),
+        torch.tensor(levels) if levels else None,
+        torch.cat([example.pixel_values for example in examples]),
+    )
 
 
 def embed(model: AlignGPTForConditionalGeneration, batch: PlainBatch) -> tuple[Tensor, Tensor, Tensor]:
     """The LLM's input (B, L, D), its mask and its labels (B, L)."""
-    inner, embedding = model.model, model.get_input_embeddings()
-    images: Iterator[Tensor] = iter(())
+    inner, config = model.model, model.config
+    images: Iterable[Tensor] = ()
     if len(batch.pixels):
         with torch.no_grad():
             features = inner.vision_tower(batch.pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-        images = iter(inner.multi_modal_projector(features))
-    rows, labels = [], []
-    for text in batch.texts:
-        places = torch.where(text.ids == MARK)[0].tolist()
-        if not places:
-            rows.append(embedding(text.ids))
-            labels.append(text.labels)
-            continue
-        (at,) = places
-        before, after = embedding(torch.cat([text.ids[:at], text.ids[at + 1 :]])).split([at, len(text.ids) - at - 1])
-        image = next(images)
-        if text.level is None:
-            words = torch.cat([before, after])[torch.cat([text.in_prompt[:at], text.in_prompt[at + 1 :]])]
-            mean = words.sum(0) / (len(words) + 1e-8)
-            gate = inner.align_gate
-            alpha = gate.linear_2(F.gelu(gate.linear_1(image @ mean))).softmax(-1)
-            head = alpha @ inner.align_table[:-1] + inner.align_table[-1]
-        else:
-            head = inner.align_table[text.level]
-        rows.append(torch.cat([before[:1], head[None], before[1:], image, after]))
-        unsupervised = text.labels.new_full((len(image) + 1,), IGNORE_INDEX)
-        labels.append(
-            torch.cat([text.labels[:1], unsupervised[:1], text.labels[1:at], unsupervised[1:], text.labels[at + 1 :]])
-        )
-    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
-    padded = pad_sequence(rows, batch_first=True)
-    mask = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
-    return padded, mask, pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
+        images = inner.multi_modal_projector(features)
+    cuts = search(batch.ids, batch.present)
+
+    def heads(texts: Tensor, image_blocks: Tensor) -> Tensor:  # (S, longest, D), (S, P, D)
+        if batch.levels is not None:
+            return inner.align_table[batch.levels]
+        averaged = averaged_words(batch, cuts)
+        mean = (texts * averaged[..., None]).sum(1) / (averaged.sum(1, keepdim=True) + 1e-8)
+        dots = (image_blocks @ mean[:, :, None])[:, :, 0]
+        alpha = inner.align_gate(dots)
+        return alpha @ inner.align_table[:-1] + inner.align_table[-1]
+
+    has_head = config.align_mode != "none"
+    rows = concatenate(cuts, model.get_input_embeddings(), images, heads if has_head else None)
+    labels = cut_labels(
+        batch.labels,
+        batch.present,
+        cuts,
+        image_rows=config.image_seq_length,
+        has_head=has_head,
+        ignored=IGNORE_INDEX,
+    )
+    lengths = torch.tensor([len(own) for own in labels], device=rows.device)
+    mask = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]
+    return rows, mask, pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
+
+
+def averaged_words(batch: PlainBatch, cuts: Sequence[Cut]) -> Tensor:
+    """(S, longest) bool, of the samples that have an image: which words of the text without its mark the gate takes."""
+    found = []
+    for row, present, cut in zip(batch.in_prompt, batch.present, cuts, strict=True):
+        if cut.after is not None:
+            own, at = row[present], len(cut.before)
+            found.append(torch.cat([own[:at], own[at + 1 :]]))
+    return pad_sequence(found, batch_first=True)
+
+
+def compile_llm(model: AlignGPTForConditionalGeneration) -> None:
+    """Have torch.compile make the LLM of a plain loop; what is around it goes by Python's own lists."""
+    model.model.language_model.compile()
 
 
 def step(

@@ -421,6 +421,7 @@ def stage_work(work: Work, sampled: int) -> dict[str, StageWork]:
     steps = work.new - 1
     keys = sum(length + step for length in work.prompts for step in range(1, work.new))  # read in all steps
     vectors = 2 * tokens * size.width * item
+    written = 2 * size.layers * tokens * size.width * item  # to the cache
     scores = 2 * size.layers * size.width * sum(length**2 for length in work.prompts)  # causal: half of each square
     logits = sampled * size.vocabulary
     return {
@@ -438,7 +439,7 @@ def stage_work(work: Work, sampled: int) -> dict[str, StageWork]:
         ),
         "gate": StageWork(images, "samples", vectors / 2, 2 * tokens * size.width),
         "injection": StageWork(tokens, "tokens", vectors, 0),
-        "LLM forward": StageWork(tokens, "tokens", layers * item + vectors, 2 * layers * tokens + scores),
+        "LLM forward": StageWork(tokens, "tokens", layers * item + vectors + written, 2 * layers * tokens + scores),
         "prefill": StageWork(tokens, "tokens", head * item, 2 * head * work.requests),  # what is left of it: the head
         "decode step": StageWork(
             work.requests * steps,

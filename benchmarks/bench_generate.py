@@ -236,6 +236,7 @@ def shortfall(asked: Asked, outputs: Outputs) -> Outputs:
     lacking = []
     for prompt, answer in zip(asked.prompts[: work.checked], answers, strict=False):
         logits = logits_of(exact, prompt, answer)
+        logits[:, asked.peer.generation_config.suppress_tokens or []] = -torch.inf
         lacking.append(logits.amax(1) - logits.gather(1, answer[:, None].to(logits.device))[:, 0])
     return [torch.cat(lacking).cpu()]
 

@@ -171,7 +171,7 @@ def case(name: str, rows: int, vocabulary: int, dtype: torch.dtype, *, compiles:
         make=partial(make, name=name, rows=rows, vocabulary=vocabulary, dtype=dtype),
         contenders=contenders,
         exact=exact,
-        plain=exact,
+        plain=lambda asked: [],  # nothing is rounded
         bytes=logits + seen,
         flops=0,
         stage="sampling",

@@ -10,7 +10,11 @@ CPU. All contenders of a case do the same samples and count as wrong unless thei
     plain       a step of each of the stages, beside the same model in a plain padded loop (plain.py). After a step
                 the weights must be the same too
     MFU         a step at the shapes of 7B, one micro-batch of the preset's token budget and as many layers as fit, for
-                each way of checkpointing. FLOPs as training/plan.py counts them
+                each way of checkpointing. FLOPs as training/plan.py counts them. With it the step by stage
+    stages      a step by stage as it runs in training, its data read, decoded and packed by the loader, its result
+                saved. Every step reads the same global batch, so that all do the same work; the rate is 0. `us` is a
+                step's that does not save; the step of `whole_us` and `stages` does, and begins when the checkpoint
+                before is on the disk. Of reading and decoding a step sees what it waits for, "data wait"
 
 On a GPU all have the shapes of 7B. On a CPU the models are small and the lengths are divided by 4 or 9; what has MFU as
 its result needs a GPU.
@@ -23,55 +27,44 @@ import functools
 import itertools
 import math
 import tempfile
-import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from aligngpt import attention
-from aligngpt.batch import Batch, Example
+from aligngpt.batch import Example
 from aligngpt.config import AlignGPTConfig
 from aligngpt.model import AlignGPTForConditionalGeneration
-from benchmarks import lengths, shapes
+from aligngpt.stages import stage as marked
+from benchmarks import lengths, shapes, stages, work
 from benchmarks.case import Case, Contender, free
-from benchmarks.conftest import device_name
-from benchmarks.measure import Outputs, Run, synchronize
+from benchmarks.measure import Outputs, Run
 from benchmarks.plain import PlainBatch, plain_batch
 from benchmarks.plain import step as plain_step
 from training import loop, optim, plan, sharding
-from training.config import ShardingConfig, Stage, TrainConfig, aligngpt_7b
+from training.checkpoints import Checkpoints
+from training.config import Stage, TrainConfig, aligngpt_7b
 from training.flops import count_flops
 from training.loader import Cut, Loaded, Order, Part, Samples, estimated_lengths, micro_batches
-from training.metrics import StepSums, peak_memory_bytes, peak_tflops
+from training.loop import Step
+from training.metrics import peak_memory_bytes, peak_tflops
 from training.run_folder import DTYPES
 from training.sharding import World
 
 SEED = 0
-CLIP_NORM = 1.0
 HEADROOM = 0.85  # of a GPU's memory, that what is planned may take
-REST = "the rest"  # batch to the device, gathering of FSDP's root group, Python between
-STAGES = (
-    "data wait",
-    "vision tower",
-    "projector + gate + injection",
-    "LLM forward",
-    "loss",
-    "backward",
-    "optimizer",
-    REST,
-)
-NOT_SAID = ("us", "quartiles_us", "rounds", "host_bound", "error_in_plain_errors")
+MOST_STEPS = 100_000  # that read the same batch
+STAGE_ROUNDS = 3  # of a step by stage, and as many without marks
 
 
 class Size(NamedTuple):
@@ -111,6 +104,8 @@ class Size(NamedTuple):
 SMALL_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 SMALLEST_TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+MICRO_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+MICRO = Size(36, 64, 32, 64, 2, 2, MICRO_TOWER, 8, 20, 3, 112, 8)  # the last global batch is smaller
 SMALLEST = Size(9, 1024, 128, 344, 2, 4, SMALLEST_TOWER, 32, 128, 16, 16384 // 9, 8)  # the tower does 3 % of the work
 TINY = Size(4, 8192, 256, 688, 4, 4, SMALL_TOWER, 8, 8, 4, 2048, 8)  # sizes of a step as in the preset "tiny"
 LLAMA_7B = Size(1, shapes.VOCABULARY, shapes.WIDTH, 11008, 32, shapes.HEADS, CLIP_L, 32, 128, 16, 16384, 14)
@@ -190,52 +185,39 @@ def attend(model: AlignGPTForConditionalGeneration, *, packed: bool) -> None:
     model.model.language_model.set_attn_implementation(attention.NAME if packed else "sdpa")
 
 
-class Step(NamedTuple):
-    """A step's micro-batches on the device."""
-
-    batches: list[Batch]
-    supervised_tokens: int
-    tokens: int  # without padding
-    images: int
-
-
-def ready(loaded: Loaded, device: torch.device) -> Step:
+def step_of(loaded: Loaded) -> Step:
+    """What the loop's `read_steps` counts, for a world of one."""
     assert loaded.batches is not None
-    batches = [batch.to(device) for batch in loaded.batches]
     return Step(
-        batches,
-        sum(batch.num_supervised for batch in batches),
-        sum(batch.num_tokens for batch in batches),
-        sum(len(batch.pixel_values) for batch in batches),
+        loaded.batches,
+        tokens=sum(batch.num_tokens for batch in loaded.batches),
+        images=sum(len(batch.pixel_values) for batch in loaded.batches),
+        supervised_tokens=sum(batch.num_supervised for batch in loaded.batches),
+        dropped_samples=0,
+        data_seconds=0.0,
     )
 
 
-Mark = Callable[[str], None]  # takes the name of the stage that has just ended
+def ready(loaded: Loaded, device: torch.device) -> Step:
+    """The same with its micro-batches on the device."""
+    step = step_of(loaded)
+    return dataclasses.replace(step, batches=[batch.to(device) for batch in step.batches])
 
 
 def train_step(
-    model: AlignGPTForConditionalGeneration,
-    optimizer: torch.optim.Optimizer,
-    step: Step,
-    config: ShardingConfig,
-    mark: Mark = lambda stage: None,
+    model: AlignGPTForConditionalGeneration, optimizer: torch.optim.Optimizer, step: Step, config: TrainConfig
 ) -> Tensor:
     """An optimizer step of training/loop.py; its loss and the norm of its gradient. (2,)"""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     world = world_of_one()
-    sums = StepSums(model.config.num_align_levels, world.device)
-    for number, batch in enumerate(step.batches, 1):
-        sharding.before_micro_batch(model, config, last=number == len(step.batches))
-        output = model(**batch.model_inputs(), num_items_in_batch=step.supervised_tokens, use_cache=False)
-        mark("loss")
-        output.loss.backward()
-        mark("backward")
-        sums.add(batch, output)
-    norm = sharding.whole(clip_grad_norm_(trained, CLIP_NORM)).item()
-    (means,) = sums.reduce(world)
-    optimizer.step()
-    optimizer.zero_grad()
-    mark("optimizer")
+    sums = loop.forward_and_backward(model, step, config, world)
+    with marked("gradient norm"):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        norm = sharding.whole(get_total_norm([parameter.grad for parameter in trained])).item()
+        (means,) = sums.reduce(world)
+        clip_grads_with_norm_(trained, config.optim.clip_norm, torch.tensor(norm, device=world.device))
+    with marked("optimizer"):
+        optimizer.step()
+        optimizer.zero_grad()
     return torch.tensor([means["loss"], norm])
 
 
@@ -291,6 +273,12 @@ class Data(NamedTuple):
         """An epoch of global batches."""
         order = self._order(kind)
         parts = [Part(0, indices.tolist()) for indices in order.steps(0, order.steps_per_epoch)]
+        return micro_batches(self.samples, parts, workers=workers, device=device, prefetch=2)
+
+    def same(self, device: torch.device, *, workers: int) -> Iterator[Loaded]:
+        """The first global batch again and again, read anew each time."""
+        (indices,) = self._order("shuffle").steps(0, 1)
+        parts = [Part(0, indices.tolist())] * MOST_STEPS
         return micro_batches(self.samples, parts, workers=workers, device=device, prefetch=2)
 
 
@@ -350,7 +338,7 @@ def epoch_run(epoch: Epoch, name: str) -> Run:
 
     def run() -> Outputs:
         attend(model, packed=name == "ours, packed")
-        results = [train_step(model, optimizer, step, epoch.config.sharding) for step in steps]
+        results = [train_step(model, optimizer, step, epoch.config) for step in steps]
         losses = [loss * step.supervised_tokens for (loss, _), step in zip(results, steps, strict=True)]
         return [torch.stack(losses).sum() / supervised]
 
@@ -423,7 +411,12 @@ def plain_run(beside: Beside) -> Run:
 
     def run() -> Outputs:
         result = plain_step(
-            model, optimizer, beside.plain, supervised_tokens=supervised, clip_norm=CLIP_NORM, autocast=autocast
+            model,
+            optimizer,
+            beside.plain,
+            supervised_tokens=supervised,
+            clip_norm=beside.config.optim.clip_norm,
+            autocast=autocast,
         )
         return [result, *trained]
 
@@ -434,7 +427,7 @@ def our_run(beside: Beside) -> Run:
     model = make_model(beside.size, beside.config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer_of(model, lr=PLAIN_LR)
-    return lambda: [train_step(model, optimizer, beside.step, beside.config.sharding), *trained]
+    return lambda: [train_step(model, optimizer, beside.step, beside.config), *trained]
 
 
 def updated(beside: Beside, outputs: Outputs) -> Outputs:
@@ -468,50 +461,6 @@ def plain_case(size: Size, stage: Stage, dtype: torch.dtype) -> Case:
 # ------------------------------------------------------------------------------------------------ stages, MFU
 
 
-class Stopwatch:
-    """Where a step's time goes, by the device's own clock."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.points: list[tuple[str, Any]] = []  # a stage that ended, and when
-
-    def mark(self, stage: str) -> None:
-        """What came since the last mark was this stage."""
-        if self.device.type == "cuda":
-            event: Any = torch.cuda.Event(enable_timing=True)
-            event.record()
-        else:
-            event = time.perf_counter()
-        self.points.append((stage, event))
-
-    @contextmanager
-    def watching(self, model: AlignGPTForConditionalGeneration) -> Iterator[None]:
-        """Mark the stages of the model's forward."""
-
-        def marks(stage: str) -> Callable[..., None]:
-            return lambda *_: self.mark(stage)
-
-        tower, llm = model.model.vision_tower, model.model.language_model
-        hooks = [
-            tower.register_forward_pre_hook(marks(REST)),
-            tower.register_forward_hook(marks("vision tower")),
-            llm.register_forward_pre_hook(marks("projector + gate + injection")),
-            llm.register_forward_hook(marks("LLM forward")),
-        ]
-        yield
-        for hook in hooks:
-            hook.remove()
-
-    def seconds(self) -> dict[str, float]:
-        """By stage; the first mark began the first one."""
-        synchronize(self.device)
-        found = dict.fromkeys(STAGES, 0.0)
-        for (_, start), (stage, end) in itertools.pairwise(self.points):
-            cuda = self.device.type == "cuda"
-            found[stage] += start.elapsed_time(end) / 1e3 if cuda else end - start
-        return found
-
-
 class Shaped(NamedTuple):
     """A micro-batch at the shapes of 7B."""
 
@@ -528,8 +477,8 @@ class ShapedRun:
         self.model = make_model(shaped.size, shaped.config)
         self.optimizer = optimizer_of(self.model, lr=0.0)
 
-    def __call__(self, mark: Mark = lambda stage: None) -> Outputs:
-        loss, _ = train_step(self.model, self.optimizer, self.shaped.step, self.shaped.config.sharding, mark)
+    def __call__(self) -> Outputs:
+        loss, _ = train_step(self.model, self.optimizer, self.shaped.step, self.shaped.config)
         return [loss]
 
     def details(self, shaped: Shaped, seconds: float) -> dict[str, Any]:
@@ -538,23 +487,33 @@ class ShapedRun:
             tokens=step.tokens, supervised_tokens=step.supervised_tokens, images=step.images
         )
         device = world_of_one().device
-        watch = Stopwatch(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        with watch.watching(self.model):
-            watch.mark(REST)
-            self(watch.mark)
-        peak = peak_tflops(device)
+        self()
+        highest, peak = peak_memory_bytes(device), peak_tflops(device)
         share = {} if peak is None else {"mfu": round(flops / seconds / (peak * 1e12), 4)}
+        table = stages.measure(self, device, work_of(self.model, step, shaped.config), STAGE_ROUNDS)
         return share | {
             "planned_bytes": shaped.planned_bytes,
-            "peak_bytes": peak_memory_bytes(device),
+            "peak_bytes": highest,
             "layers": shaped.size.layers,
             "tokens": step.tokens,
             "images": step.images,
             "flops": flops,
-            "stages_ms": {stage: round(1e3 * spent, 3) for stage, spent in watch.seconds().items()},
+            **table,
         }
+
+
+def work_of(
+    model: AlignGPTForConditionalGeneration, step: Step, config: TrainConfig, saved_bytes: int | None = None
+) -> dict[str, stages.StageWork]:
+    return work.of_training(
+        model,
+        step.batches,
+        compute_bytes=DTYPES[config.precision].itemsize,
+        fused_loss=world_of_one().device.type == "cuda",
+        saved_bytes=saved_bytes,
+    )
 
 
 def make_shaped(
@@ -621,10 +580,94 @@ def shaped_case(size: Size, stage: Stage, dtype: torch.dtype, checkpointing: Che
     )
 
 
+# ------------------------------------------------------------------------------------------------ stages in place
+
+
+class InPlace(NamedTuple):
+    """A global batch that is read anew for each step."""
+
+    size: Size
+    config: TrainConfig
+    data: Data
+    folder: tempfile.TemporaryDirectory[str]  # of its images and of the checkpoints; goes with this
+    expected: Tensor
+    workers: int
+
+
+def make_in_place(device: torch.device, size: Size, stage: Stage, dtype: torch.dtype, workers: int) -> InPlace:
+    folder = tempfile.TemporaryDirectory()
+    config = dataclasses.replace(recipe(stage, dtype), run_dir=folder.name, keep_last=1)
+    data = Data.make(size, stage, Path(folder.name), size.global_batch)
+    alone = [ready(loaded, device) for loaded in data.padded(1).steps(device)]
+    return InPlace(size, config, data, folder, mean_loss(size, config, alone), workers)
+
+
+class InPlaceRun:
+    def __init__(self, inputs: InPlace):
+        self.config, self.device = inputs.config, world_of_one().device
+        self.model = make_model(inputs.size, inputs.config)
+        self.optimizer = optimizer_of(self.model, lr=0.0)
+        self.loader = inputs.data.same(self.device, workers=inputs.workers)
+        self.saves = Checkpoints(self.config, self.model, self.optimizer, world_of_one())
+        self.numbers = itertools.count(1)
+
+    def __call__(self) -> Outputs:
+        with marked("data wait"):
+            loaded = next(self.loader)
+        loss, _ = train_step(self.model, self.optimizer, step_of(loaded), self.config)
+        return [loss]
+
+    def and_save(self) -> None:
+        self()
+        with marked("checkpoint"):
+            self.saves.save(next(self.numbers), {})
+            self.saves.wait_staged()
+
+    def details(self, inputs: InPlace, seconds: float) -> dict[str, Any]:
+        step = step_of(next(self.loader))
+        self.and_save()
+        self.saves.wait()
+        saved = sum(buffer.nbytes for buffer in self.saves.buffers.values())
+        table = stages.measure(
+            self.and_save,
+            self.device,
+            work_of(self.model, step, self.config, saved),
+            STAGE_ROUNDS,
+            before=self.saves.wait,
+        )
+        self.saves.wait()
+        return {
+            "samples": inputs.size.global_batch,
+            "micro_batches": len(step.batches),
+            "layers": inputs.size.layers,
+            "checkpoint_seconds": round(self.saves.seconds, 4),
+            **table,
+        }
+
+
+def stages_case(size: Size, stage: Stage, dtype: torch.dtype, workers: int = 1) -> Case:
+    return Case(
+        name=f"stages of a training step, {stage}",
+        make=lambda device: make_in_place(device, size, stage, dtype, workers),
+        contenders={"ours": Contender(InPlaceRun, details=lambda run, *found: run.details(*found))},
+        exact=lambda inputs: [inputs.expected],
+        plain=lambda inputs: [inputs.expected],
+        floors=(tolerance(dtype),),
+        bytes=0,
+        flops=0,
+        stage="training step",
+        items=size.global_batch,
+        unit="samples",
+        group="stages",
+        rounds=STAGE_ROUNDS,
+        trains=True,
+        one_copy=True,
+    )
+
+
 # ------------------------------------------------------------------------------------------------ cases and tests
 
 
-GPU = torch.cuda.is_available()
 STEPS: tuple[Stage, Stage] = ("pretrain", "finetune")
 WAYS: tuple[Checkpointing, ...] = ("none", "selective", "full")
 
@@ -642,55 +685,21 @@ def shaped_cases() -> list[Case]:
 def cases() -> list[Case]:
     dtype, few = torch.bfloat16, LLAMA_7B._replace(layers=2)
     beside = [plain_case(few, stage, dtype) for stage in STEPS]
-    return [*shaped_cases(), lengths_case(LLAMA_7B._replace(layers=4), dtype), *beside]
+    in_place = [stages_case(few, stage, dtype, workers=4) for stage in STEPS]
+    return [*shaped_cases(), lengths_case(LLAMA_7B._replace(layers=4), dtype), *beside, *in_place]
+
+
+def cpu_cases() -> list[Case]:
+    dtype = torch.float32
+    beside = [plain_case(TINY, stage, dtype) for stage in STEPS]
+    return [lengths_case(SMALLEST, dtype), *beside, *(stages_case(TINY, stage, dtype) for stage in STEPS)]
 
 
 def small_cases() -> list[Case]:
     dtype = torch.float32
-    return [lengths_case(SMALLEST, dtype), *(plain_case(TINY, stage, dtype) for stage in STEPS)]
+    made = lengths_case(MICRO, dtype), plain_case(MICRO, "finetune", dtype), stages_case(MICRO, "finetune", dtype, 0)
+    return [dataclasses.replace(case, rounds=2) for case in made]
 
 
 def test_step(in_turns: Callable[[Case], None], case: Case) -> None:
     in_turns(case)
-
-
-@pytest.mark.parametrize("stage", STEPS)
-def test_step_by_stage(tmp_path: Path, stage: Stage) -> None:
-    """Steps whose stages are marked and steps that are not marked, in turns, on batches of the loader."""
-    device, rounds = world_of_one().device, 4
-    size = LLAMA_7B._replace(layers=4) if GPU else TINY
-    config = recipe(stage, torch.bfloat16 if GPU else torch.float32)
-    data = Data.make(size, stage, tmp_path, 2 * (rounds + 1) * size.global_batch)
-    model = make_model(size, config)
-    optimizer = optimizer_of(model, lr=0.0)
-    steps = data.steps(device, workers=1)
-    first = next(data.padded(1).steps(device))
-    torch.testing.assert_close(
-        train_step(model, optimizer, ready(next(steps), device), config.sharding)[0].double(),
-        mean_loss(size, config, [ready(first, device)]),
-        rtol=tolerance(DTYPES[config.precision]),
-        atol=0,
-    )
-    train_step(model, optimizer, ready(next(steps), device), config.sharding)
-    watch, whole = Stopwatch(device), 0.0
-    spent = dict.fromkeys(STAGES, 0.0)
-    for _ in range(rounds):
-        watch.points.clear()
-        watch.mark(REST)
-        loaded = next(steps)
-        watch.mark("data wait")
-        with watch.watching(model):
-            train_step(model, optimizer, ready(loaded, device), config.sharding, watch.mark)
-        for name, seconds in watch.seconds().items():
-            spent[name] += seconds
-        started = time.perf_counter()
-        train_step(model, optimizer, ready(next(steps), device), config.sharding)
-        synchronize(device)
-        whole += time.perf_counter() - started
-    total = sum(spent.values())
-    print(
-        f"\n{stage}, {size.global_batch} samples a step, {device_name()}: {whole / rounds:.3f} s a step without marks"
-    )
-    for name, seconds in spent.items():
-        print(f"  {name:<32}{1e3 * seconds / rounds:>9.1f} ms{seconds / total:>8.1%}")
-    print(f"  {'sum':<32}{1e3 * total / rounds:>9.1f} ms, {total / whole:.2f} × the step without marks", end="")

@@ -269,9 +269,11 @@ def _of_step(found: Record, record: Record) -> list[str]:
             f"{found['tokens']} tokens, {found['images']} images; {found['peak_bytes'] / 1e9:.1f} GB at the peak, "
             f"{found['planned_bytes'] / 1e9:.1f} planned"
         )
-    if "stages_ms" in found:
-        total = sum(found["stages_ms"].values())
-        lines += [f"    {stage:<32}{ms:>9.1f} ms{ms / total:>7.1%}" for stage, ms in found["stages_ms"].items() if ms]
+    if "stages" in found:
+        times = {row["stage"]: row["us"] for row in found["stages"]} | found["rest"]
+        total = sum(times.values())
+        lines += [f"    {stage:<32}{us / 1e3:>9.1f} ms{us / total:>7.1%}" for stage, us in times.items() if us]
+        lines.append(f"    {'sum':<32}{total / 1e3:>9.1f} ms, {total / found['whole_us']:.2f} × the step without marks")
     return lines
 
 

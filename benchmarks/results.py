@@ -16,7 +16,13 @@ import torch
 from benchmarks.case import Case
 
 ROOT = Path(__file__).parents[1]
-MEASURING = ("case.py", "measure.py", "shapes.py")  # with bench_*.py, the files that a number depends on
+MEASURING = (
+    "case.py",
+    "measure.py",
+    "shapes.py",
+    "stages.py",
+    "work.py",
+)  # with bench_*.py, the files that a number depends on
 PEERS = ("flash_attn", "xformers", "liger_kernel", "apex")
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from aligngpt.stages import OF_TRAINING
 from aligngpt.text import Tokenized
 from benchmarks import bench_step, lengths, requirements
 from benchmarks.bench_step import (
-    STAGES,
-    Size,
+    MICRO,
+    STEPS,
     layers_that_fit,
     leave_world,
     lengths_case,
@@ -18,28 +19,16 @@ from benchmarks.bench_step import (
     plain_case,
     planned_bytes,
     shaped_case,
+    stages_case,
 )
 from benchmarks.case import run_case
 from benchmarks.measure import Ceilings
 from benchmarks.results import Results
 from benchmarks.run import run_cases
+from benchmarks.work import of_training
+from training.flops import count_flops
 
 CPU = torch.device("cpu")
-TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-MICRO = Size(
-    scale=36,
-    vocabulary=64,
-    width=32,
-    mlp=64,
-    layers=2,
-    heads=2,
-    tower=TOWER,
-    global_batch=8,
-    samples=20,  # the last global batch is smaller
-    per_device=3,
-    token_budget=112,
-    patch=8,
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,8 +79,10 @@ def test_a_results_file_has_share_and_stages(tmp_path: Path, monkeypatch):
     found = record["contenders"]["ours"]
     assert found["mfu"] == pytest.approx(found["flops"] / (found["us"] * 1e-6) / 1e6, abs=1e-4)
     assert found["tokens"] <= MICRO.token_budget
-    assert set(found["stages_ms"]) == set(STAGES)
-    assert all(ms > 0 for stage, ms in found["stages_ms"].items() if stage != "data wait")
+    assert [row["stage"] for row in found["stages"]] == [
+        name for name in OF_TRAINING if name not in ("data wait", "batch to device", "gradient norm", "checkpoint")
+    ]
+    assert set(found["rest"]) == {"batch to device", "gradient norm", "unmarked"}
     assert "step at 7B shapes, finetune: MFU" in requirements.summary(content)
     other = json.loads(json.dumps(content)) | {"training_code": "other"}
     assert requirements.finished(content)
@@ -107,3 +98,36 @@ def test_layers_are_as_many_as_fit():
 
     for room, layers in ((needed(5), 5), (needed(5) - 1, 4), (needed(12), 12), (10**12, 12), (0, 1)):
         assert layers_that_fit(many, shaped.config, shaped.step, room) == layers
+
+
+@pytest.mark.parametrize("stage", STEPS)
+def test_stages_in_place_do_what_count_flops_counts(stage):
+    """FLOPs of the stages are training's own, which leave out gate and optimizer; every stage of training is marked."""
+    case = stages_case(MICRO, stage, torch.float32, workers=0)
+    inputs = case.make(CPU)
+    run = case.contenders["ours"].prepare(inputs)
+    step = bench_step.step_of(next(run.loader))
+    counted = count_flops(run.model).of(
+        tokens=step.tokens, supervised_tokens=step.supervised_tokens, images=step.images
+    )
+    for fused_loss in (False, True):
+        work = of_training(run.model, step.batches, compute_bytes=4, fused_loss=fused_loss)
+        assert sum(of.flops for name, of in work.items() if name not in ("gate", "optimizer")) == counted
+    assert work["loss"].flops > of_training(run.model, step.batches, compute_bytes=4, fused_loss=False)["loss"].flops
+
+    found = run.details(inputs, 1.0)
+    rows = {row["stage"]: row for row in found["stages"]}
+    assert [*rows, *found["rest"]] == [
+        *(name for name in OF_TRAINING if name in rows),
+        "data wait",
+        "batch to device",
+        "gradient norm",
+        "unmarked",
+    ]
+    assert set(OF_TRAINING) == {*rows, *found["rest"]} - {"unmarked"}
+    assert all(row["us"] > 0 and row["items"] > 0 and row["bytes"] > 0 for row in rows.values())
+    trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    saved = sum(path.stat().st_size for path in Path(inputs.folder.name).glob("checkpoints/*/*.distcp"))
+    assert trained * 12 < rows["checkpoint"]["items"] <= saved
+    # What the LLM keeps for the backward pass is at least its layers' inputs, and the backward pass lets it go.
+    assert rows["LLM forward"]["peak_bytes"] > MICRO.layers * 4 * MICRO.width * max(b.num_tokens for b in step.batches)

@@ -1,0 +1,101 @@
+"""The table of a step by stage: what is measured goes to the stage that did it, nothing is lost or counted twice."""
+
+import time
+
+import pytest
+import torch
+
+from aligngpt.stages import stage
+from benchmarks.stages import UNMARKED, StageWork, measure, peaks, waits
+
+CPU = torch.device("cpu")
+KILOBYTE = 1024
+
+
+def made(kilobytes: int) -> torch.Tensor:
+    return torch.zeros(kilobytes * KILOBYTE, dtype=torch.uint8)
+
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    """A clock that a step moves on by itself, in seconds."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    return spend
+
+
+def test_times_go_to_their_stages_and_add_up(by_hand):
+    counted = iter(range(100))
+
+    def step() -> None:
+        by_hand(1)
+        with stage("outer"):
+            by_hand(2)
+            with stage("inner"):
+                by_hand(4)
+            by_hand(8 + next(counted) % 2)  # steps differ
+        with stage("other"):
+            by_hand(16)
+        with stage("inner"):
+            by_hand(32)
+
+    work = {"other": StageWork(1, "things", 2, 3), "outer": StageWork(4, "things", 5, 6)}
+    found = measure(step, CPU, work, rounds=3, before=lambda: by_hand(1000))
+    outer, other = found["stages"][1], found["stages"][0]
+    assert (other["stage"], other["us"], other["items"], other["unit"]) == ("other", 16e6, 1, "things")
+    assert (other["bytes"], other["flops"]) == (2, 3)
+    assert outer["us"] in (10e6, 11e6)
+    assert found["rest"] == {"inner": 36e6, "unmarked": 1e6}
+    assert found["whole_us"] - 53e6 in (10e6, 11e6)
+
+
+def test_a_stage_that_did_not_run_is_refused():
+    with pytest.raises(ValueError, match=r"work has \['gate'\]; it needs stages that the step runs"):
+        measure(lambda: None, CPU, {"gate": StageWork(1, "samples", 1, 1)}, rounds=1)
+
+
+def test_peaks_and_waits_go_to_their_stages():
+    kept = []
+
+    def step() -> None:
+        kept.append(made(1))
+        with stage("outer"):
+            kept.append(made(10))
+            with stage("inner"):
+                first = made(100)
+                del first
+                second = made(50)
+                second[0].item()
+                del second
+            third = made(30)
+            third.nonzero()
+            del third
+        kept[0].view(2, 512).add_(1)[0, 0].item()  # neither a view nor what is done in place is new memory
+        with stage("inner"):
+            made(70)
+
+    # Inner's first peak is outer's too, which holds 10 by then; what outer kept is no part of inner's second one.
+    assert {name: peak // KILOBYTE for name, peak in peaks(step, CPU).items()} == {
+        "inner": 100,
+        "outer": 110,
+        UNMARKED: 111,
+    }
+    assert waits(step, CPU) == {UNMARKED: 1, "outer": 1, "inner": 1}
+
+
+def test_gradients_are_seen_in_the_stage_of_the_backward_pass():
+    weight = torch.ones(256, 256, requires_grad=True)
+
+    def step() -> None:
+        with stage("forward"):
+            loss = (weight * weight).sum()
+        with stage("backward"):
+            loss.backward()
+
+    found = peaks(step, CPU)
+    assert found["forward"] >= weight.nbytes
+    assert found["backward"] >= weight.nbytes

@@ -46,6 +46,7 @@ from benchmarks.bench_generate import (
     shortfall,
     twin,
 )
+from benchmarks.bench_images import photo
 from benchmarks.bench_step import LLAMA_7B, Size
 from benchmarks.case import Case, Contender
 from benchmarks.measure import Outputs, Run
@@ -94,14 +95,15 @@ def write_pope(root: Path, questions: int, words: int, vocabulary: int) -> None:
     """Its four files and the photos that they ask about."""
     (root / "pope/coco").mkdir(parents=True)
     (root / "pope/val2014").mkdir()
-    lengths.with_photos([], root / "pope/val2014")
+    for number in range(-(-questions // PER_PICTURE)):
+        photo(number).save(root / f"pope/val2014/{number}.jpg", quality=90)
     first = len(lengths.SPECIAL)
     rows: list[dict[str, object]] = []
     for place, category in enumerate(("adversarial", "popular", "random")):
         labels = []
         for number in range(place * questions // 3, (place + 1) * questions // 3):
             spoken = [f"w{first + (31 * number + 7 * word) % (vocabulary - first)}" for word in range(words)]
-            asked = {"image": f"{number // PER_PICTURE % lengths.PHOTOS}.jpg", "text": " ".join(spoken)}
+            asked = {"image": f"{number // PER_PICTURE}.jpg", "text": " ".join(spoken)}
             labels.append({**asked, "label": ("yes", "no")[number % 2]})
             rows.append({"question_id": number, **asked, "category": category})
         (root / f"pope/coco/coco_pope_{category}.json").write_text("".join(json.dumps(row) + "\n" for row in labels))

@@ -49,7 +49,7 @@ from benchmarks.bench_generate import (
 from benchmarks.bench_images import photo
 from benchmarks.bench_step import LLAMA_7B, Size
 from benchmarks.case import Case, Contender
-from benchmarks.measure import Outputs, Run
+from benchmarks.measure import Outputs, Run, count_syncs
 
 NEW = 4
 PER_PICTURE = 6  # questions
@@ -194,11 +194,12 @@ def lacking(field: Field, found: Outputs, size: Size) -> Outputs:
 
 
 def equal_answers(run: Run, field: Field, seconds: float) -> dict[str, Any]:
-    """How many answers are those of the peer."""
-    if not {"ours", ONE_AT_A_TIME} <= field.said.keys():
-        return {}
-    mine, other = field.said["ours"], field.said[ONE_AT_A_TIME]
-    return {"equal_answers": sum(mine[key] == other[key] for key in mine), "questions": len(mine)}
+    """How many answers are those of the peer, and waits for the device."""
+    found: dict[str, Any] = {"syncs": count_syncs(run, field.model.device)}
+    if {"ours", ONE_AT_A_TIME} <= field.said.keys():
+        mine, other = field.said["ours"], field.said[ONE_AT_A_TIME]
+        found |= {"equal_answers": sum(mine[key] == other[key] for key in mine), "questions": len(mine)}
+    return found
 
 
 def case(size: Size, dtype: torch.dtype, questions: int, rows: int, rounds: int) -> Case:
@@ -220,6 +221,7 @@ def case(size: Size, dtype: torch.dtype, questions: int, rows: int, rounds: int)
         items=questions,
         unit="answers",
         group="evaluation",
+        memory=True,
         equal=is_exact,
         rounds=rounds,
         trains=True,

@@ -256,9 +256,12 @@ def plain_lacking(asked: Asked) -> Outputs:
 class Answering:
     """All answers of a case, by `answer(tokens of each)`, which returns them on the host (requests, tokens)."""
 
-    def __init__(self, asked: Asked, make_answer: Callable[[Asked], Callable[[int], Tensor]], *, whole: bool):
-        """`whole`: the first answers, not timed, have all their tokens, for what is sized by them."""
-        self.asked, before = asked, held_bytes(asked.device)
+    def __init__(
+        self, asked: Asked, make_answer: Callable[[Asked], Callable[[int], Tensor]], *, whole: bool, counted: bool
+    ):
+        """`whole`: the first answers, not timed, have all their tokens, for what is sized by them. `counted`: waits can
+        be counted, since the thread that calls does the work."""
+        self.asked, self.counted, before = asked, counted, held_bytes(asked.device)
         self.answer = make_answer(asked)
         self.first_seconds = self.seconds_of(asked.work.new if whole else min(asked.work.new, 2))  # compiles
         self.kept_bytes = held_bytes(asked.device) - before
@@ -295,10 +298,12 @@ class Answering:
             "first_call_seconds": round(self.first_seconds, 2),
         }
         if asked.device.type == "cuda":
-            found |= {"peak_bytes": self.kept_bytes + self.peak_bytes}
-            if work.requests == 1 and work.new > 1:
-                waits = count_syncs(self, asked.device) - count_syncs(lambda: [self.answer(1)], asked.device)
-                found["syncs_per_token"] = round(waits / (work.new - 1), 2)
+            found["peak_bytes"] = self.kept_bytes + self.peak_bytes
+        if self.counted:
+            found["syncs"] = count_syncs(self, asked.device)
+        if self.counted and work.requests == 1 and work.new > 1:
+            waits = found["syncs"] - count_syncs(lambda: [self.answer(1)], asked.device)
+            found["syncs_per_token"] = round(waits / (work.new - 1), 2)
         return found
 
 
@@ -373,12 +378,14 @@ def continuous(asked: Asked) -> Callable[[int], Tensor]:
     return answer
 
 
-def contender(make_answer: Callable[..., Callable[[int], Tensor]], *, whole: bool = False, **options: Any) -> Contender:
+def contender(
+    make_answer: Callable[..., Callable[[int], Tensor]], *, whole: bool = False, counted: bool = True, **options: Any
+) -> Contender:
     def details(run: Answering, asked: Asked, seconds: float) -> dict[str, Any]:
         return run.details(asked, seconds)
 
     def prepare(asked: Asked) -> Answering:
-        return Answering(asked, partial(make_answer, **options), whole=whole)
+        return Answering(asked, partial(make_answer, **options), whole=whole, counted=counted)
 
     return Contender(prepare, shortfall, details=details)
 
@@ -471,6 +478,7 @@ def case(name: str, work: Work, contenders: dict[str, Contender], rounds: int) -
         items=work.requests,
         unit="answers",
         group=f"generate {name}",
+        memory=not GPU,  # there it is recorded together with what is kept
         input_bytes=weight_bytes(work) + 2 * cache_bytes(work),  # ours is kept while a peer has its own
         rounds=rounds,
         trains=True,
@@ -509,8 +517,12 @@ def images_case(work: Work, rows: int) -> Case:
 
 
 def texts_case(work: Work) -> Case:
-    contenders = {"ours": contender(ours, rows=work.requests), CONTINUOUS: contender(continuous, whole=True)}
-    return case("texts", work, contenders, rounds=3)
+    contenders = {
+        "ours": contender(ours, rows=work.requests),
+        CONTINUOUS: contender(continuous, whole=True, counted=False),
+    }
+    found = case("texts", work, contenders, rounds=3)
+    return dataclasses.replace(found, memory=False)  # a thread of its own has it
 
 
 def first_case(work: Work) -> Case:

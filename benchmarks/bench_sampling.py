@@ -180,14 +180,13 @@ def case(name: str, rows: int, vocabulary: int, dtype: torch.dtype, *, compiles:
         group=f"sampling {name}, {rows} rows",
         sweep=("vocabulary", vocabulary),
         equal=True,
-        host=GPU,
+        host=True,
         memory=True,
         trains=True,
         one_copy=True,  # a step has just written its logits, which lie in the cache there too
     )
 
 
-GPU = torch.cuda.is_available()
 SHAPES = [(rows, vocabulary) for rows in (1, 16) for vocabulary in (VOCABULARY, 128256)]
 
 

@@ -133,7 +133,8 @@ def test_evaluation_in_16_bits_is_judged_by_logits():
     )
     assert "wrong" in found.pop("forged")
     assert not any("wrong" in record for record in found.values()), found
-    details = contender.details(None, field, 1.0)
+    details = contender.details(contender.prepare(field), field, 1.0)
+    assert details["syncs"] > 0
     assert details["questions"] == 6
     assert details["equal_answers"] >= 3
     root = field.root

@@ -234,7 +234,7 @@ def cases() -> list[Case]:
 
 
 def cpu_cases() -> list[Case]:
-    return [case(DEMO, torch.float32, questions=96, rows=32, rounds=3)]
+    return [case(DEMO, torch.float32, questions=48, rows=16, rounds=3)]
 
 
 def small_cases() -> list[Case]:

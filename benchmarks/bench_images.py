@@ -222,7 +222,7 @@ def cases() -> list[Case]:
 
 
 def cpu_cases() -> list[Case]:
-    return [case(aspect, 336, 32, 6) for aspect in ASPECTS]
+    return [case(aspect, 336, 32, 5) for aspect in ASPECTS]
 
 
 def small_cases() -> list[Case]:

@@ -5,19 +5,21 @@ All contenders of a case have the same weights and prompts, and as many tokens t
     one     one prompt with a picture, one answer
     images  many prompts, each with a picture of its own
     texts   as many of that length without one, by the LLM alone: transformers' continuous batching takes ids only
+    first   one prompt with a picture and its first token alone: the wait before an answer begins
+    stages  several prompts with pictures, by the stages that the engine's code marks
 
 A call ends when all tokens are on the host, and its time is the host's. Beside it are recorded: the time until each
 prompt has its first token, what each token after it takes, tokens and answers a second, peak memory together with what
-a contender keeps between calls, how often a token makes the host wait for all that the device has to do, and how long
-the choice of tokens takes by itself.
+a contender keeps between calls, and how often a token makes the host wait for all that the device has to do.
 
 Two answers of the same model differ where two tokens are nearly as likely, and from there on altogether. So each token
 is judged within its own answer: the whole sequence is read once, without a cache, in float64 (float32 for a model of 16
 bits), and the token's logit may lie as far below the largest as two logits may be off each other. That is twice the
 largest error that the same pass makes in the model's own dtype, times the factor of `case.py`. The first CHECKED
-answers of a case are judged.
+answers of a case are judged; all, where each is one token.
 
-On a GPU the shapes are those of 7B, 704 tokens before an answer of 128. On a CPU the model is as small as the demo's.
+On a GPU the shapes are those of 7B, 704 tokens before an answer of 128, and our steps are compiled. On a CPU the model
+is as small as the demo's, and ours compiles where its name says so.
 """
 
 import copy
@@ -31,17 +33,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from aligngpt.generate import Engine, Request
 from aligngpt.model import AlignGPTForConditionalGeneration
 from aligngpt.processor import AlignGPTProcessor
-from aligngpt.sampling import Kind, Sampler, Sampling
+from aligngpt.sampling import Sampling
 from benchmarks import lengths
 from benchmarks.bench_step import LLAMA_7B, SMALLEST, Size
 from benchmarks.case import Case, Contender
-from benchmarks.measure import Outputs, count_syncs, synchronize, take_turns
+from benchmarks.measure import Outputs, count_syncs, synchronize
+from benchmarks.stages import StageWork, measure
 
 CHECKED = 4
 PAGE = 64  # tokens of a page of transformers' continuous batching
@@ -55,15 +59,32 @@ class Work(NamedTuple):
     """What is asked in a case."""
 
     size: Size
-    text: int  # tokens of a prompt, <align> among them, without image rows
+    text: int  # tokens of the longest prompt, <align> among them, without image rows
     new: int  # tokens of an answer
     requests: int
     pictures: bool
     dtype: torch.dtype
+    least_text: int | None = None  # of the shortest prompt; the others lie evenly between. None: all are equally long
+
+    @property
+    def rows_per_image(self) -> int:
+        return lengths.IMAGE_ROWS // self.size.scale
 
     @property
     def prompt(self) -> int:
-        return self.text + (lengths.IMAGE_ROWS // self.size.scale if self.pictures else 0)
+        """Tokens of the longest one."""
+        return self.text + self.rows_per_image * self.pictures
+
+    @property
+    def prompts(self) -> list[int]:
+        """Tokens of each, the longest first."""
+        shorter = self.text - (self.text if self.least_text is None else self.least_text)
+        return [self.prompt - shorter * number // max(self.requests - 1, 1) for number in range(self.requests)]
+
+    @property
+    def checked(self) -> int:
+        """Answers that are judged."""
+        return self.requests if self.new == 1 else min(CHECKED, self.requests)
 
 
 class Asked(NamedTuple):
@@ -126,22 +147,28 @@ def twin(model: AlignGPTForConditionalGeneration) -> AlignGPTForConditionalGener
 def make_prompts(work: Work, model: AlignGPTForConditionalGeneration) -> Iterator[dict[str, Tensor]]:
     """One row each: [BOS, <align>, image rows, text] or [BOS, text]."""
     config, generator = model.config, torch.Generator().manual_seed(0)
-    for _ in range(work.requests):
+    for length in work.prompts:
         head = [BOS]
         inputs = {}
         if work.pictures:
             head += [config.align_token_id] + [config.image_token_id] * config.image_seq_length
             pixels = torch.randn(1, 3, work.size.image_size, work.size.image_size, generator=generator)
             inputs["pixel_values"] = pixels
-        text = torch.randint(3, work.size.vocabulary, (work.prompt - len(head),), generator=generator)
+        text = torch.randint(3, work.size.vocabulary, (length - len(head),), generator=generator)
         ids = torch.cat((torch.tensor(head), text))[None]
         is_text = torch.arange(ids.shape[1])[None] >= len(head)
         yield inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "gate_mask": is_text}
 
 
 def batch(prompts: list[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-    """All of one length, so that none is padded."""
-    return {name: torch.cat([prompt[name] for prompt in prompts]).to(device) for name in prompts[0]}
+    """All as long as the longest, those that are shorter padded on the left."""
+    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+
+    def rows(prompt: dict[str, Tensor], name: str) -> Tensor:
+        missing = 0 if name == "pixel_values" else longest - prompt[name].shape[1]
+        return pad(prompt[name], (missing, 0)) if missing else prompt[name]
+
+    return {name: torch.cat([rows(prompt, name) for prompt in prompts]).to(device) for name in prompts[0]}
 
 
 # ------------------------------------------------------------------------------------------------ what is right
@@ -192,7 +219,7 @@ def plain_error(asked: Asked) -> float:
     """How far logits of a pass in the model's own dtype are off, at the most."""
     exact, generator = in_wider_dtype(asked.peer), torch.Generator().manual_seed(1)
     found = 0.0
-    for prompt in asked.prompts[:CHECKED]:
+    for prompt in asked.prompts[: asked.work.checked]:
         answer = torch.randint(3, asked.work.size.vocabulary, (asked.work.new,), generator=generator)
         wanted = logits_of(exact, prompt, answer)
         found = max(found, float((logits_of(asked.peer, prompt, answer).to(wanted.dtype) - wanted).abs().max()))
@@ -207,14 +234,15 @@ def shortfall(asked: Asked, outputs: Outputs) -> Outputs:
         return [answers]
     exact = in_wider_dtype(asked.peer)
     lacking = []
-    for prompt, answer in zip(asked.prompts[:CHECKED], answers, strict=False):
+    for prompt, answer in zip(asked.prompts[: work.checked], answers, strict=False):
         logits = logits_of(exact, prompt, answer)
+        logits[:, asked.peer.generation_config.suppress_tokens or []] = -torch.inf
         lacking.append(logits.amax(1) - logits.gather(1, answer[:, None].to(logits.device))[:, 0])
     return [torch.cat(lacking).cpu()]
 
 
 def none_lacking(asked: Asked) -> Outputs:
-    return [torch.zeros(min(CHECKED, asked.work.requests) * asked.work.new, dtype=torch.float64)]
+    return [torch.zeros(asked.work.checked * asked.work.new, dtype=torch.float64)]
 
 
 def plain_lacking(asked: Asked) -> Outputs:
@@ -228,11 +256,14 @@ def plain_lacking(asked: Asked) -> Outputs:
 class Answering:
     """All answers of a case, by `answer(tokens of each)`, which returns them on the host (requests, tokens)."""
 
-    def __init__(self, asked: Asked, make_answer: Callable[[Asked], Callable[[int], Tensor]], *, whole: bool):
-        """`whole`: the first answers, not timed, have all their tokens, for what is sized by them."""
-        self.asked, before = asked, held_bytes(asked.device)
+    def __init__(
+        self, asked: Asked, make_answer: Callable[[Asked], Callable[[int], Tensor]], *, whole: bool, counted: bool
+    ):
+        """`whole`: the first answers, not timed, have all their tokens, for what is sized by them. `counted`: waits can
+        be counted, since the thread that calls does the work."""
+        self.asked, self.counted, before = asked, counted, held_bytes(asked.device)
         self.answer = make_answer(asked)
-        self.first_seconds = self.seconds_of(asked.work.new if whole else 2)  # compiles
+        self.first_seconds = self.seconds_of(asked.work.new if whole else min(asked.work.new, 2))  # compiles
         self.kept_bytes = held_bytes(asked.device) - before
         self.peak_bytes = 0  # of the last call
 
@@ -255,20 +286,24 @@ class Answering:
 
     def details(self, asked: Asked, seconds: float) -> dict[str, Any]:
         work = asked.work
-        first = statistics.median(self.seconds_of(1) for _ in range(3))
-        found = {
-            "first_tokens_ms": round(1e3 * first, 3),
-            "ms_per_token": round(1e3 * (seconds - first) / (work.new - 1), 4),
+        found: dict[str, Any] = {}
+        if work.new > 1:
+            first = statistics.median(self.seconds_of(1) for _ in range(3))
+            found["first_tokens_ms"] = round(1e3 * first, 3)
+            found["ms_per_token"] = round(1e3 * (seconds - first) / (work.new - 1), 4)
+        found |= {
             "new_tokens": work.new,
             "new_tokens_per_second": round(work.requests * work.new / seconds, 2),
             "answers_per_second": round(work.requests / seconds, 3),
             "first_call_seconds": round(self.first_seconds, 2),
         }
         if asked.device.type == "cuda":
-            found |= {"peak_bytes": self.kept_bytes + self.peak_bytes}
-            if work.requests == 1:
-                waits = count_syncs(self, asked.device) - count_syncs(lambda: [self.answer(1)], asked.device)
-                found["syncs_per_token"] = round(waits / (work.new - 1), 2)
+            found["peak_bytes"] = self.kept_bytes + self.peak_bytes
+        if self.counted:
+            found["syncs"] = count_syncs(self, asked.device)
+        if self.counted and work.requests == 1 and work.new > 1:
+            waits = found["syncs"] - count_syncs(lambda: [self.answer(1)], asked.device)
+            found["syncs_per_token"] = round(waits / (work.new - 1), 2)
         return found
 
 
@@ -304,7 +339,7 @@ def generate(asked: Asked, rows: int, **options: Any) -> Callable[[int], Tensor]
         for start in range(0, len(asked.prompts), rows):
             inputs = batch(asked.prompts[start : start + rows], asked.device)
             out = asked.peer.generate(**inputs, max_new_tokens=new, do_sample=False, **options)
-            found.append(out[:, asked.work.prompt :].cpu())
+            found.append(out[:, inputs["input_ids"].shape[1] :].cpu())
         return torch.cat(found)
 
     return answer
@@ -343,28 +378,14 @@ def continuous(asked: Asked) -> Callable[[int], Tensor]:
     return answer
 
 
-def choice_us(asked: Asked, rows: int) -> dict[str, float]:
-    """Microseconds in which tokens of as many rows are chosen, by itself and not compiled."""
-    device, vocabulary = asked.device, asked.work.size.vocabulary
-    sampler = Sampler(rows, vocabulary, 1, [], device)
-    sampler.temperature.fill_(1.0)
-    sampler.top_p.fill_(0.9)
-    logits = torch.randn(rows, vocabulary, device=device, dtype=asked.work.dtype)
-    numbers = torch.arange(rows, device=device)
-    kinds = {"greedy": Kind(False, False), "top-p": Kind(True, False), "penalty": Kind(False, True)}
-    calls = {name: [lambda kind=kind: [sampler.choose(logits, numbers, kind)]] for name, kind in kinds.items()}
-    return {name: round(1e6 * found.seconds, 2) for name, found in take_turns(calls, device, 0.1).items()}
-
-
-def contender(make_answer: Callable[..., Callable[[int], Tensor]], *, whole: bool = False, **options: Any) -> Contender:
+def contender(
+    make_answer: Callable[..., Callable[[int], Tensor]], *, whole: bool = False, counted: bool = True, **options: Any
+) -> Contender:
     def details(run: Answering, asked: Asked, seconds: float) -> dict[str, Any]:
-        found = run.details(asked, seconds)
-        if make_answer is ours:
-            found["choice_us"] = choice_us(asked, options["rows"])
-        return found
+        return run.details(asked, seconds)
 
     def prepare(asked: Asked) -> Answering:
-        return Answering(asked, partial(make_answer, **options), whole=whole)
+        return Answering(asked, partial(make_answer, **options), whole=whole, counted=counted)
 
     return Contender(prepare, shortfall, details=details)
 
@@ -375,13 +396,73 @@ def contender(make_answer: Callable[..., Callable[[int], Tensor]], *, whole: boo
 def weight_bytes(work: Work) -> int:
     """Of the weights that every step reads: the LLM's layers and the head, not the table of embeddings."""
     size = work.size
-    layer = 4 * size.width**2 + 3 * size.width * size.mlp + 2 * size.width
-    return (size.layers * layer + size.width + size.vocabulary * size.width) * work.dtype.itemsize
+    norms = (2 * size.layers + 1) * size.width
+    return (layer_weights(size) + norms + size.vocabulary * size.width) * work.dtype.itemsize
+
+
+def layer_weights(size: Size) -> int:
+    """Of the products in the LLM's layers."""
+    return size.layers * (4 * size.width**2 + 3 * size.width * size.mlp)
+
+
+def tower_weights(size: Size) -> int:
+    """Of the products in the tower, up to the layer before the last."""
+    width, mlp, layers = (size.tower[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    return (layers - 1) * (4 * width**2 + 2 * width * mlp) + 3 * size.patch**2 * width
+
+
+def projector_weights(size: Size) -> int:
+    return size.tower["hidden_size"] * size.width + size.width**2
 
 
 def cache_bytes(work: Work) -> int:
     """Of all answers' keys and values."""
     return 2 * work.size.layers * work.size.width * (work.prompt + work.new) * work.requests * work.dtype.itemsize
+
+
+def stage_work(work: Work, sampled: int) -> dict[str, StageWork]:
+    """Of a call that reads all prompts at once and chooses `sampled` tokens where that is marked."""
+    size, item = work.size, work.dtype.itemsize
+    images, patches, tokens = work.requests * work.pictures, work.rows_per_image + 1, sum(work.prompts)
+    layers, head, tower = layer_weights(size), size.vocabulary * size.width, tower_weights(size)
+    tower_width, tower_layers = size.tower["hidden_size"], size.tower["num_hidden_layers"] - 1
+    steps = work.new - 1
+    keys = sum(length + step for length in work.prompts for step in range(1, work.new))  # read in all steps
+    vectors = 2 * tokens * size.width * item
+    written = 2 * size.layers * tokens * size.width * item  # to the cache
+    scores = 2 * size.layers * size.width * sum(length**2 for length in work.prompts)  # causal: half of each square
+    logits = sampled * size.vocabulary
+    return {
+        "vision tower": StageWork(
+            images,
+            "images",
+            tower * item + images * 3 * size.image_size**2 * 4,
+            images * (2 * tower * patches + 4 * tower_layers * tower_width * patches**2),
+        ),
+        "projector": StageWork(
+            images,
+            "images",
+            projector_weights(size) * item,
+            images * 2 * work.rows_per_image * projector_weights(size),
+        ),
+        "gate": StageWork(images, "samples", vectors / 2, 2 * tokens * size.width),
+        "injection": StageWork(tokens, "tokens", vectors, 0),
+        "LLM forward": StageWork(tokens, "tokens", layers * item + vectors + written, 2 * layers * tokens + scores),
+        "prefill": StageWork(tokens, "tokens", head * item, 2 * head * work.requests),  # what is left of it: the head
+        "decode step": StageWork(
+            work.requests * steps,
+            "tokens",
+            weight_bytes(work) * steps + 2 * size.layers * size.width * keys * item,
+            2 * (layers + head) * work.requests * steps + 4 * size.layers * size.width * keys,
+        ),
+        "sampling": StageWork(sampled, "tokens", logits * item, logits),
+    }
+
+
+def prefill_work(work: Work) -> StageWork:
+    """From prompts to their first tokens."""
+    parts = stage_work(work._replace(new=1), work.requests).values()
+    return StageWork(sum(work.prompts), "tokens", sum(p.bytes for p in parts), sum(p.flops for p in parts))
 
 
 def case(name: str, work: Work, contenders: dict[str, Contender], rounds: int) -> Case:
@@ -397,6 +478,7 @@ def case(name: str, work: Work, contenders: dict[str, Contender], rounds: int) -
         items=work.requests,
         unit="answers",
         group=f"generate {name}",
+        memory=not GPU,  # there it is recorded together with what is kept
         input_bytes=weight_bytes(work) + 2 * cache_bytes(work),  # ours is kept while a peer has its own
         rounds=rounds,
         trains=True,
@@ -404,10 +486,11 @@ def case(name: str, work: Work, contenders: dict[str, Contender], rounds: int) -
     )
 
 
-def one_case(work: Work) -> Case:
+def one_case(work: Work, compiled: bool = True) -> Case:
     contenders = {"ours": contender(ours, rows=1), "generate": contender(generate, rows=1)}
     if not GPU:
         contenders[STATIC] = contender(generate, rows=1, cache_implementation="static", whole=True)
+    if compiled and not GPU:
         contenders["ours, compiled"] = contender(ours, rows=1, compile=True)
     return case("one", work, contenders, rounds=3 if GPU else 5)
 
@@ -434,25 +517,67 @@ def images_case(work: Work, rows: int) -> Case:
 
 
 def texts_case(work: Work) -> Case:
-    contenders = {"ours": contender(ours, rows=work.requests), CONTINUOUS: contender(continuous, whole=True)}
-    return case("texts", work, contenders, rounds=3)
+    batching = contender(continuous, whole=True, counted=False)
+    found = case("texts", work, {"ours": contender(ours, rows=work.requests), CONTINUOUS: batching}, rounds=3)
+    return dataclasses.replace(found, memory=False)  # a thread of its own has it
+
+
+def first_case(work: Work) -> Case:
+    """Their median is the p50 of the time to first token."""
+    work = work._replace(new=1, requests=1)
+    contenders = {"ours": contender(ours, rows=1), "generate": contender(generate, rows=1)}
+    found, done = case("first", work, contenders, rounds=9), prefill_work(work)
+    return dataclasses.replace(
+        found,
+        name=f"time to first token: 1 x {work.prompt} tokens",
+        bytes=int(done.bytes),
+        flops=int(done.flops),
+        stage="time to first token",
+        unit="first tokens",
+    )
+
+
+def stages_case(work: Work) -> Case:
+    """What the stages that the engine marks take, and how much of the whole is in none of them."""
+
+    def details(run: Answering, asked: Asked, seconds: float) -> dict[str, Any]:
+        marked = work.requests if GPU else work.requests * work.new  # a graph of a GPU's step marks nothing in it
+        return run.details(asked, seconds) | measure(run, asked.device, stage_work(work, marked), rounds=3)
+
+    answered = contender(ours, rows=work.requests)._replace(details=details)
+    found = case("stages", work, {"ours": answered}, rounds=3)
+    return dataclasses.replace(
+        found, name=f"stages of answering: {work.requests} x {work.prompt} tokens, {work.new} new", group="stages"
+    )
 
 
 GPU = torch.cuda.is_available()
 LARGE = Work(LLAMA_7B, text=128, new=128, requests=1, pictures=True, dtype=torch.bfloat16)
 DEMO = SMALLEST._replace(scale=64, vocabulary=512, mlp=256, layers=3)
 SMALL = Work(DEMO, text=16, new=48, requests=1, pictures=True, dtype=torch.float32)
+MICRO_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+MICRO = SMALLEST._replace(scale=144, vocabulary=64, width=32, mlp=64, layers=2, heads=2, tower=MICRO_TOWER)
+LEAST = Work(MICRO, text=5, new=6, requests=1, pictures=True, dtype=torch.float32)
 
 
 def cases() -> list[Case]:
     texts = LARGE._replace(text=LARGE.prompt, requests=48, pictures=False)
     images = images_case(LARGE._replace(requests=48), 16)
-    return [one_case(LARGE), images, static_case(LARGE), texts_case(texts)]
+    stages = stages_case(LARGE._replace(requests=8))
+    return [one_case(LARGE), images, static_case(LARGE), texts_case(texts), first_case(LARGE), stages]
+
+
+def cpu_cases() -> list[Case]:
+    texts = SMALL._replace(text=SMALL.prompt, requests=4, pictures=False)
+    images = images_case(SMALL._replace(requests=16), 4)
+    return [one_case(SMALL), images, texts_case(texts), first_case(SMALL), stages_case(SMALL._replace(requests=8))]
 
 
 def small_cases() -> list[Case]:
-    texts = SMALL._replace(text=SMALL.prompt, requests=4, pictures=False)
-    return [one_case(SMALL), images_case(SMALL._replace(requests=16), 4), texts_case(texts)]
+    texts = LEAST._replace(text=LEAST.prompt, requests=3, pictures=False)
+    images = images_case(LEAST._replace(requests=3), 2)
+    one = one_case(LEAST, compiled=False)
+    return [one, images, texts_case(texts), first_case(LEAST), stages_case(LEAST._replace(requests=2))]
 
 
 def test_generate(in_turns: Callable[[Case], None], case: Case) -> None:

@@ -335,8 +335,4 @@ def _of_answers(found: Record) -> list[str]:
     ]
     if "syncs_per_token" in found:
         lines[0] += f"; {found['syncs_per_token']:g} waits for the device a token"
-    if "choice_us" in found:
-        lines.append(
-            "    choosing alone: " + ", ".join(f"{us:.0f} µs {kind}" for kind, us in found["choice_us"].items())
-        )
     return lines

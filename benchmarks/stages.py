@@ -37,6 +37,7 @@ TABLE = {
     "decode step": "bench_decode",
     "sampling": "bench_sampling",
     "training step": "bench_step",
+    "time to first token": "bench_generate",
     "answering": "bench_generate",
     "evaluation": "bench_evaluation",
 }

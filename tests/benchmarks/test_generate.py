@@ -8,40 +8,32 @@ import pytest
 import torch
 
 from benchmarks import bench_generate, requirements
-from benchmarks.bench_generate import Work, contender, images_case, one_case, ours, shortfall, texts_case
-from benchmarks.bench_step import SMALLEST
-from benchmarks.case import ROOM, Case, run_case
+from benchmarks.bench_generate import LEAST, MICRO, contender, images_case, ours, shortfall
+from benchmarks.case import ROOM, run_case
 from benchmarks.measure import Ceilings
 from benchmarks.results import Results
 from benchmarks.run import run_cases
 
 CPU = torch.device("cpu")
-TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-MICRO = SMALLEST._replace(scale=144, vocabulary=64, width=32, mlp=64, layers=2, heads=2, tower=TOWER)
-WORK = Work(MICRO, text=5, new=6, requests=1, pictures=True, dtype=torch.float32)
-TEXTS = WORK._replace(text=WORK.prompt, pictures=False, requests=3)
-
-
-def eager(case: Case) -> Case:
-    """Without those who compile for many seconds."""
-    quick = {name: contender for name, contender in case.contenders.items() if "compiled" not in name}
-    return dataclasses.replace(case, contenders=quick)
 
 
 def test_all_contenders_choose_what_a_whole_pass_would(tmp_path: Path, monkeypatch):
     """And a results file has what is recorded of them."""
-    cases = [eager(one_case(WORK)), images_case(WORK._replace(requests=5), 2), texts_case(TEXTS)]
+    cases = [dataclasses.replace(case, rounds=2, memory=False) for case in bench_generate.small_cases()]
     results = Results(tmp_path, "a CPU", "none")
     assert run_cases(cases, results, CPU, Ceilings(1e9, 1e9), float("inf"), seconds=0) == 0
     content = json.loads(results.path.read_text())
     for name, record in content["cases"].items():
         assert "failed" not in record, (name, record)
         for contender_name, found in record["contenders"].items():
-            assert {"ms_per_token", "answers_per_second"} < found.keys() or "absent" in found, (contender_name, found)
-    one, images, texts = content["cases"].values()
-    assert one["contenders"]["ours"]["choice_us"].keys() == {"greedy", "top-p", "penalty"}
+            assert {"new_tokens", "answers_per_second"} < found.keys() or "absent" in found, (contender_name, found)
+            assert ("ms_per_token" in found) == (found.get("new_tokens", 1) > 1)
+    _, images, texts, first, stages = content["cases"].values()
     assert sum("us" in found for found in images["contenders"].values()) == 4
     assert "us" in texts["contenders"]["continuous batching"]
+    assert {name for name, found in first["contenders"].items() if found["new_tokens"] == 1} == {"ours", "generate"}
+    assert first["items"] == 1
+    assert stages["contenders"]["ours"]["whole_us"] > 0
     summary = requirements.summary(content)
     lines = {line.split("  ")[0]: line for line in summary.splitlines()}
     assert "unmeasured" not in lines["answering at 7B, one: tokens/s after the first"]
@@ -62,7 +54,7 @@ def test_wrong_answers_are_named(wrong: str):
 
         return answer
 
-    case = images_case(WORK._replace(requests=3), 2)
+    case = images_case(LEAST._replace(requests=3), 2)
     case = dataclasses.replace(
         case, contenders={"forged": contender(forged, rows=3), "ours": contender(ours, rows=3)}, absent={}
     )
@@ -73,7 +65,7 @@ def test_wrong_answers_are_named(wrong: str):
 
 def test_16_bits_are_judged_by_32():
     """Rounding moves the choices of a bfloat16 model within what is allowed, and other weights do not."""
-    asked = bench_generate.make(CPU, WORK._replace(dtype=torch.bfloat16, new=12))
+    asked = bench_generate.make(CPU, LEAST._replace(dtype=torch.bfloat16, new=12))
     exact = bench_generate.in_wider_dtype(asked.peer)
     prompt, answer = asked.prompts[0], torch.arange(12)
     wide = bench_generate.logits_of(exact, prompt, answer)
@@ -89,8 +81,16 @@ def test_16_bits_are_judged_by_32():
 
 
 def test_cases_of_a_gpu_are_those_of_the_requirement():
-    one, images, static, texts = bench_generate.cases()
+    one, images, static, texts, first, stages = bench_generate.cases()
     assert one.bytes / 128 == pytest.approx(13.2e9, rel=0.01)
-    for case, said in ((one, "1 x 704"), (images, "48 x 704"), (static, "1 x 704"), (texts, "48 x 704")):
+    assert first.bytes == pytest.approx(13.2e9 + 0.58e9 + 0.37e9, rel=0.01), "weights of LLM and tower, the cache"
+    for case, said in (
+        (one, "1 x 704"),
+        (images, "48 x 704"),
+        (static, "1 x 704"),
+        (texts, "48 x 704"),
+        (first, "1 x 704"),
+        (stages, "8 x 704"),
+    ):
         assert said in case.name
         assert case.input_bytes * ROOM < 78e9, "an H100 holds it"

@@ -1,0 +1,170 @@
+"""The pictures of docs/performance.md: roofline, stages of a whole, ours against peers.
+
+SVG files that are the same whenever the numbers are: no date, no random ids, no fonts inside. Their colours change with
+the reader's dark or light theme. What is drawn comes from `benchmarks.readings`; nothing is computed here but places.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from benchmarks.readings import Breakdown
+from benchmarks.stages import TABLE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, FAINT, PAPER = "#1f2328", "#d0d7de", "#ffffff"
+DARK = {INK: "#e6edf3", FAINT: "#3d444d", PAPER: "#0d1117"}  # what these become where the reader's theme is dark
+FASTER, SLOWER, OTHER = "#2f81f7", "#d1453b", "#8b949e"
+HUES = ("#2f81f7", "#e3742f", "#2da44e", "#a371f7", "#d1453b", "#17a2b8", "#bf8700", "#e85aad", "#6e7fd1", "#7ea04d")
+WIDTH = 9.0  # inches
+MOVES_ONLY = 2.0**-5  # FLOPs a byte at which work without arithmetic is drawn
+
+
+class Point(NamedTuple):
+    stage: str
+    flops: float
+    bytes: float
+    seconds: float
+
+
+def color(stage: str) -> str:
+    """Of a stage, the same in every chart."""
+    rows = list(TABLE)
+    return HUES[rows.index(stage) % len(HUES)] if stage in rows else OTHER
+
+
+def marker(stage: str) -> str:
+    """Another one where colours begin anew."""
+    rows = list(TABLE)
+    return "os"[rows.index(stage) // len(HUES)] if stage in rows else "x"
+
+
+def roofline(points: Sequence[Point], bytes_per_second: float, flops_per_second: float, title: str) -> "Figure":
+    """Each case's rate against its FLOPs a byte, below what the device was measured to reach."""
+    figure, axes = _empty(4.6, title)
+    ridge = flops_per_second / bytes_per_second
+    intensity = [max(point.flops / point.bytes, MOVES_ONLY) if point.bytes else 64 * ridge for point in points]
+    left, right = MOVES_ONLY / 2, 4 * max(ridge, *intensity)
+    roof = ([left, ridge, right], [left * bytes_per_second, flops_per_second, flops_per_second])
+    axes.loglog(*roof, color=INK, linewidth=1.4)
+    axes.fill_between(*roof, min(roof[1]) * 1e-4, color=FAINT, alpha=0.25, linewidth=0)
+    shown: dict[str, None] = dict.fromkeys(point.stage for point in points)
+    for stage in shown:
+        chosen = [(x, p) for x, p in zip(intensity, points, strict=True) if p.stage == stage]
+        rates = [max(p.flops, MOVES_ONLY * p.bytes) / p.seconds for _, p in chosen]
+        look = {"color": color(stage), "marker": marker(stage), "s": 34, "alpha": 0.85, "linewidths": 0}
+        axes.scatter([x for x, _ in chosen], rates, label=stage, zorder=3, **look)
+    low = min(max(p.flops, MOVES_ONLY * p.bytes) / p.seconds for p in points)
+    axes.set_ylim(low / 3, flops_per_second * 3)
+    axes.set_xlim(left, right)
+    axes.text(right / 1.2, flops_per_second * 1.25, "measured matrix rate", ha="right", color=INK)
+    axes.text(left * 1.3, left * bytes_per_second * 5, "measured copy bandwidth", color=INK, rotation=0, va="bottom")
+    axes.set_xlabel("FLOPs a byte (work without arithmetic at the left edge)")
+    axes.set_ylabel("FLOP/s")
+    _legend(axes)
+    return figure
+
+
+def stages(wholes: Sequence[Breakdown], title: str) -> "Figure":
+    """Of each whole one bar, its stages as shares of it."""
+    figure, axes = _empty(1.3 + 0.62 * len(wholes), title)
+    labelled: set[str] = set()
+    for row, whole in enumerate(wholes):
+        left = 0.0
+        parts = [(part.name, part.us, color(part.name)) for part in whole.parts]
+        rest = sum(part.us for part in whole.rest) or max(whole.whole_us - whole.sum_us, 0)
+        for name, us, hue in [*parts, ("the rest", rest, OTHER)]:
+            share = 100 * us / whole.whole_us
+            label = None if name in labelled else name
+            axes.barh(row, share, left=left, color=hue, height=0.6, label=label, edgecolor=PAPER, linewidth=0.5)
+            labelled.add(name)
+            if share >= 6:
+                axes.text(left + share / 2, row, f"{share:.0f} %", ha="center", va="center", color="#fffffe")
+            left += share
+    axes.set_yticks(range(len(wholes)), [_wrapped(whole.case) for whole in wholes])
+    axes.invert_yaxis()
+    axes.axvline(100, color=INK, linewidth=1)
+    axes.set_xlabel("% of the whole's time")
+    _legend(axes)
+    return figure
+
+
+def peers(ratios: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> "Figure":
+    """By group and contender: its time divided by ours in every case, around 1."""
+    rows = [(group, name, values) for group, of in ratios.items() for name, values in of.items()]
+    figure, axes = _empty(1.2 + 0.24 * len(rows), title)
+    axes.set_xscale("log", base=2)
+    previous = ""
+    for row, (group, _, values) in enumerate(rows):
+        axes.plot([min(values), max(values)], [row, row], color=OTHER, linewidth=1.2, zorder=2)
+        hues = [FASTER if value >= 1 else SLOWER for value in values]
+        axes.scatter(values, [row] * len(values), c=hues, s=26, zorder=3, linewidths=0, alpha=0.85)
+        if group != previous and row:
+            axes.axhline(row - 0.5, color=FAINT, linewidth=0.8)
+        previous = group
+    axes.axvline(1, color=INK, linewidth=1.2)
+    firsts = dict.fromkeys(group for group, _, _ in rows)
+    labels = []
+    for group, name, _ in rows:
+        labels.append(f"{group} · {name}" if group in firsts else name)
+        firsts.pop(group, None)
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    everything = [value for _, _, values in rows for value in values]
+    axes.set_xlim(min(0.5, min(everything) / 1.2), max(2, max(everything) * 1.2))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.set_xlabel("their time ÷ ours: right of 1 ours is faster")
+    return figure
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """As SVG, whose colours follow the reader's theme."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "aligngpt", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    rules = "".join(
+        f'[style*="{kind}: {light}"]{{{kind}:{dark} !important}}'
+        for light, dark in DARK.items()
+        for kind in ("fill", "stroke")
+    )
+    style = f"<style>@media (prefers-color-scheme: dark){{{rules}}}</style>"
+    head, tag, rest = buffer.getvalue().partition(" <defs>")
+    lines = [line.rstrip() for line in f"{head}{style}\n{tag}{rest}".splitlines()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _empty(height: float, title: str) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
+
+    figure = Figure(figsize=(WIDTH, height), facecolor=PAPER, layout="constrained")
+    axes = figure.add_subplot(facecolor=PAPER)
+    axes.set_title(title, color=INK, loc="left", fontproperties=FontProperties(weight="bold", size=11))
+    axes.tick_params(colors=INK, labelsize=9, which="both", length=2)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    for side, spine in axes.spines.items():
+        spine.set_color(FAINT)
+        spine.set_visible(side in ("left", "bottom"))
+    axes.grid(axis="x", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _legend(axes: "Axes") -> None:
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, labelcolor=INK, fontsize=9)
+
+
+def _wrapped(text: str, width: int = 34) -> str:
+    import textwrap
+
+    return textwrap.fill(text, width)

@@ -267,7 +267,7 @@ class Answering:
         if asked.device.type == "cuda":
             found |= {"peak_bytes": self.kept_bytes + self.peak_bytes}
             if work.requests == 1:
-                waits = count_syncs(self) - count_syncs(lambda: [self.answer(1)])
+                waits = count_syncs(self, asked.device) - count_syncs(lambda: [self.answer(1)], asked.device)
                 found["syncs_per_token"] = round(waits / (work.new - 1), 2)
         return found
 

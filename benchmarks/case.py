@@ -3,6 +3,9 @@
 Nothing is timed before its answer is checked. Whoever is wrong, fails or is not installed is named as such in the
 result, and the others go on. What is timed is made by `prepare(inputs)`, outside the time: masks of FlexAttention,
 rows compacted for Liger, the capture of a CUDA graph.
+
+A contender has a time and, beside the first of ours, the ratio of its time to that one's, by rounds. Where its times
+are too noisy a sentence says so instead; where ours are, nobody has a ratio.
 """
 
 import functools
@@ -19,9 +22,11 @@ from torch import Tensor
 
 from benchmarks.measure import (
     MIN_ROUNDS,
+    PATIENCE,
     Ceilings,
     Outputs,
     Run,
+    Timing,
     compare,
     count_syncs,
     free_bytes,
@@ -71,7 +76,7 @@ class Case:
     floors: Sequence[float] = ()  # see measure.compare
     equal: bool = False  # whether results must be exact: rows are copied, nothing is computed
     dispatch: tuple[str, str, tuple[str, ...]] | None = None  # key of measured.json, our contender, what it replaces
-    host: bool = False  # whether wall time and waits are measured as well
+    host: bool = False  # whether waits are counted and, on a GPU, wall time is measured as well
     memory: bool = False  # whether peak memory is measured as well
     input_bytes: int = 0  # of one copy of the inputs, where that may not fit
     absent: Mapping[str, str] = field(default_factory=dict)  # who can't take this case, and why
@@ -151,6 +156,7 @@ def run_case(
     results: dict[str, Any] | None = None,  # of each contender, filled in
     save: Callable[[], None] = lambda: None,  # called whenever `results` changed
     seconds: float = 1.0,  # of timing
+    timings: dict[str, Timing] | None = None,  # of those that have a time, filled in
 ) -> dict[str, Any]:
     """Check every contender, time those that are right in turns, and return a record of each.
 
@@ -181,11 +187,10 @@ def run_case(
                 for call in calls[1:]:
                     call()
                 synchronize(device)
-                if device.type == "cuda":
-                    if case.host:
-                        found["syncs"] = count_syncs(first)
-                    if case.memory:
-                        found["peak_bytes"] = peak_bytes(first)
+                if case.host:
+                    found["syncs"] = count_syncs(first, device)
+                if case.memory:
+                    found["peak_bytes"] = peak_bytes(first, device)
                 runs[name] = calls
             results[name] = found
         except (Absent, KernelUnavailable) as error:
@@ -204,19 +209,25 @@ def run_case(
         free(device)
     del exact, plain
 
-    for name, timing in take_turns(runs, device, seconds, case.rounds).items():
-        results[name] |= {
-            "us": round(timing.seconds * 1e6, 3),
-            "quartiles_us": [round(q * 1e6, 3) for q in timing.quartiles],
-            "rounds": timing.rounds,
-            "host_bound": round(timing.host_bound, 2),
-        }
+    taken = take_turns(runs, device, seconds, case.rounds, patience=PATIENCE)
+    ours = taken.get(next((name for name in case.contenders if name.startswith("ours")), ""))
+    for name, timing in taken.items():
+        found = results[name]
+        found |= {"quartiles_us": [round(q * 1e6, 3) for q in timing.quartiles], "rounds": timing.rounds}
+        if timing.noise is not None:
+            found["noisy"] = timing.noise
+            continue
+        found |= {"us": round(timing.seconds * 1e6, 3), "host_bound": round(timing.host_bound, 2)}
+        if ours is not None and timing is not ours and ours.noise is None:
+            found["ratio"] = timing.ratio(ours)
         if top is not None and case.bytes + case.flops:
-            results[name]["share_of_ceiling"] = round(top.seconds(case.bytes, case.flops) / timing.seconds, 4)
+            found["share_of_ceiling"] = round(top.seconds(case.bytes, case.flops) / timing.seconds, 4)
         details = case.contenders[name].details
         if details is not None:
-            results[name] |= details(runs[name][0], inputs[0], timing.seconds)
-    if case.host:
+            found |= details(runs[name][0], inputs[0], timing.seconds)
+        if timings is not None:
+            timings[name] = timing
+    if case.host and device.type == "cuda":
         for name, wall in wall_seconds(runs, device).items():
             results[name]["wall_us"] = round(wall * 1e6, 2)
     return results

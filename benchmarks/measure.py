@@ -6,17 +6,27 @@ call waits for the device, say) is counted as host-bound. Calls of a few microse
 the events. Contenders take turns, and each call goes to the next copy of the inputs: all copies together are at least
 four times the L2 cache, so that no call finds its inputs there. On a CPU the same turns are taken with
 `time.perf_counter`.
+
+A round has one sample of each contender, so times are compared by pairs of the same round. Where the middle half of a
+contender's samples spreads over more than NOISY of their median, even after PATIENCE times the rounds, it has no time.
 """
 
+import ctypes
+import itertools
 import math
+import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Outputs = Sequence[Tensor]
 Run = Callable[[], Outputs]
@@ -25,6 +35,7 @@ MIN_ROUNDS, MAX_ROUNDS = 9, 200
 SAMPLE_SECONDS, MAX_QUEUED = 100e-6, 32  # a sample queues calls until it is this long, but never more than so many
 CYCLES_PER_SECOND = 2e9  # no less than any GPU's clock, for a head start of at least the seconds asked for
 MAX_HEAD_START = 50e-3
+NOISY, PATIENCE = 0.25, 3
 FEW = 64
 
 
@@ -33,6 +44,21 @@ class Timing(NamedTuple):
     quartiles: tuple[float, float]
     rounds: int
     host_bound: float  # part of the samples in which the GPU did not have all calls queued in time
+    samples: tuple[float, ...]  # seconds, one of each round
+
+    @property
+    def noise(self) -> str | None:
+        """None, or a sentence saying that its samples spread too much."""
+        low, high = self.quartiles
+        spread = (high - low) / self.seconds if self.seconds else 0.0
+        if spread <= NOISY:
+            return None
+        return f"its middle half spreads over {spread:.0%} of its median; {NOISY:.0%} is allowed"
+
+    def ratio(self, ours: "Timing") -> dict[str, float]:
+        """Its time divided by that of `ours`, taken in the same rounds."""
+        pairs = [theirs / own for theirs, own in zip(self.samples, ours.samples, strict=True)]
+        return dict(zip(("low", "median", "high"), (round(q, 4) for q in quartiles(pairs)), strict=True))
 
 
 class _Contender:
@@ -80,22 +106,47 @@ class _Contender:
 
 
 def take_turns(
-    contenders: Mapping[str, Sequence[Run]], device: torch.device, seconds: float, min_rounds: int = MIN_ROUNDS
+    contenders: Mapping[str, Sequence[Run]],
+    device: torch.device,
+    seconds: float,
+    min_rounds: int = MIN_ROUNDS,
+    max_rounds: int = MAX_ROUNDS,
+    patience: float = 1,
 ) -> dict[str, Timing]:
-    """Time all contenders in rounds of one sample each, for about `seconds` and at least so many rounds."""
+    """Time all contenders in rounds of one sample each, for about `seconds` and at least so many rounds.
+
+    While any of them is noisy, they go on to `patience` times as many rounds.
+    """
     ready = {name: _Contender(calls, device) for name, calls in contenders.items()}
     started, turn, rounds = time.perf_counter(), 0, 0
-    while rounds < min_rounds or (time.perf_counter() - started < seconds and rounds < MAX_ROUNDS):
+
+    def times() -> dict[str, Timing]:
+        return {name: timing(contender.samples, contender.late) for name, contender in ready.items()}
+
+    def enough() -> bool:
+        return rounds >= min_rounds and (time.perf_counter() - started >= seconds or rounds >= max_rounds)
+
+    most = math.inf
+    while rounds < most:
         for contender in ready.values():
             contender.sample(turn)
             turn += contender.queued
         rounds += 1
-    return {name: timing(contender.samples, contender.late) for name, contender in ready.items()}
+        if most == math.inf and enough():
+            most = patience * rounds
+        if most != math.inf and all(found.noise is None for found in times().values()):
+            break
+    return times()
 
 
 def timing(samples: Sequence[float], late: int = 0) -> Timing:
-    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return Timing(median, (low, high), len(samples), late / len(samples))
+    low, median, high = quartiles(samples)
+    return Timing(median, (low, high), len(samples), late / len(samples), tuple(samples))
+
+
+def quartiles(numbers: Sequence[float]) -> list[float]:
+    """Lower one, median, upper one; of one number that number."""
+    return statistics.quantiles([*numbers, *numbers[: len(numbers) == 1]], n=4, method="inclusive")
 
 
 def wall_seconds(contenders: Mapping[str, Sequence[Run]], device: torch.device, rounds: int = 20) -> dict[str, float]:
@@ -111,8 +162,17 @@ def wall_seconds(contenders: Mapping[str, Sequence[Run]], device: torch.device, 
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def count_syncs(run: Run) -> int:
-    """How often a call waits for the GPU."""
+def count_syncs(run: Run, device: torch.device) -> int:
+    """How often a call waits for the GPU, or on a CPU would wait for one.
+
+    On a CPU: how often it asks for numbers (`item`, `bool`, `tolist`, `numpy`, `cpu`) or for a shape that depends on
+    them (`nonzero`, `unique`, indexing by booleans, …). Copies by `to` can't be told from copies to a device and are
+    not counted. What is compiled is called without its compilation, whose code would not be seen.
+    """
+    if device.type != "cuda":
+        with torch.compiler.set_stance("force_eager"), _AskedFunctions() as functions, _AskedOperators() as operators:
+            run()
+        return functions.count + operators.count
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -124,8 +184,49 @@ def count_syncs(run: Run) -> int:
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
-def peak_bytes(run: Run) -> int:
-    """GPU memory a call needs at its peak, beyond what was there before and what it returns."""
+ASKING = {
+    "_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "unique_dim", "unique_dim_consecutive",
+    "_unique", "_unique2", "equal", "bincount",
+}  # fmt: skip
+BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
+class _AskedOperators(TorchDispatchMode):
+    """Counts operators that a GPU's host would have to wait for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        asks = name in ASKING or (name == "repeat_interleave" and not (kwargs or {}).get("output_size"))
+        if name in BY_INDEX:
+            asks = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        self.count += asks
+        return func(*args, **(kwargs or {}))
+
+
+class _AskedFunctions(TorchFunctionMode):
+    """Counts functions that read a tensor without an operator where it is on the host already."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (Tensor.tolist, Tensor.numpy, Tensor.cpu)
+        return func(*args, **(kwargs or {}))
+
+
+def peak_bytes(run: Run, device: torch.device) -> int:
+    """Memory a call needs at its peak, beyond what was there before and what it returns.
+
+    On a CPU from the profiler, which hears of every allocation, by compiled code too.
+    """
+    if device.type != "cuda":
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no lines about its start and end
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            returned = sum(t.nbytes for t in run())
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        return max(0, *itertools.accumulate(sizes, initial=0)) - returned
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -182,25 +283,43 @@ def _largest(x: Tensor) -> float:
 
 
 class Ceilings(NamedTuple):
-    """What the device reaches in this run: large copies, read + write, and bfloat16 products of random matrices."""
+    """What the device reaches in this run: large copies, read + write, and products of random matrices."""
 
     bytes_per_second: float
-    flops_per_second: float
+    flops_per_second: float  # of bfloat16 on a GPU, of float32 on a CPU
 
     def seconds(self, num_bytes: float, flops: float) -> float:
         """The least time for this work."""
         return max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
 
 
-def ceilings(device: torch.device, copied_bytes: int = 2**30, matrix: int = 8192, seconds: float = 2.0) -> Ceilings:
-    """Measure them, in about twice `seconds`."""
+def ceilings(device: torch.device, seconds: float = 20.0) -> Ceilings:
+    """Measure them in about `seconds`, a half for each: long enough to see what the device keeps up."""
+    gpu = device.type == "cuda"
+    copied_bytes, matrix = (2**30, 8192) if gpu else (2**28, 2048)  # far beyond the caches
     source = torch.empty(copied_bytes, dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)
-    left, right = (torch.randn(matrix, matrix, device=device, dtype=torch.bfloat16) for _ in range(2))
+    dtype = torch.bfloat16 if gpu else torch.float32
+    left, right = (torch.randn(matrix, matrix, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
-    copy = take_turns({"copy": [lambda: [target.copy_(source)]]}, device, seconds)["copy"]
-    matmul = take_turns({"matmul": [lambda: [torch.mm(left, right, out=product)]]}, device, seconds)["matmul"]
-    return Ceilings(2 * copied_bytes / copy.seconds, 2 * matrix**3 / matmul.seconds)
+    calls: dict[str, Run] = {
+        "copy": lambda: [target.copy_(source)],
+        "matmul": lambda: [torch.mm(left, right, out=product)],
+    }
+    copy, matmul = (
+        take_turns({name: [call]}, device, seconds / 2, max_rounds=10**6)[name].seconds for name, call in calls.items()
+    )
+    return Ceilings(2 * copied_bytes / copy, 2 * matrix**3 / matmul)
+
+
+def keep_freed_memory() -> None:
+    """Otherwise every large array on a CPU is new from the system, whose page faults cost several times the work that
+    is timed, and whether a contender pays them is chance."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        m_mmap_max, m_trim_threshold = -4, -1  # <malloc.h>
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def l2_bytes(device: torch.device) -> int:

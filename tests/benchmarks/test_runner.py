@@ -256,6 +256,89 @@ def test_a_host_that_is_late_is_told_of_and_given_more_time(monkeypatch):
     assert fake.sleeps[-1] <= measure.MAX_HEAD_START * measure.CYCLES_PER_SECOND
 
 
+class FakeClock:
+    """Calls that take as long as they are told, call by call, the last number again and again."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(measure, "NOISY", 0.25)
+
+    def contender(self, seconds: Callable[[int], float]) -> Contender:
+        calls = iter(range(10**6))
+
+        def call(x: Tensor) -> list[Tensor]:
+            self.now += seconds(next(calls))
+            return double_it(x)
+
+        return simple(call)
+
+
+def test_ratios_are_of_the_same_round(monkeypatch):
+    """While the machine slows down."""
+    clock = FakeClock(monkeypatch)
+    contenders = {
+        "peer": clock.contender(lambda call: 1.5 * (1 + 0.02 * call)),
+        "ours": clock.contender(lambda call: 1 + 0.02 * call),
+        "ours, another": clock.contender(lambda call: (1 + 0.02 * call) * (0.5 if call % 4 else 0.55)),
+    }
+    results = run_case(make_case(contenders=contenders), CPU, seconds=20)
+    assert results["peer"]["ratio"] == {"low": 1.5, "median": 1.5, "high": 1.5}
+    assert results["ours, another"]["ratio"] == {"low": 0.5, "median": 0.5, "high": pytest.approx(0.5, abs=0.03)}
+    assert "ratio" not in results["ours"]
+    assert results["peer"]["us"] / results["ours"]["us"] == pytest.approx(1.5)
+
+
+def test_who_is_noisy_has_a_sentence_and_no_number(monkeypatch):
+    clock = FakeClock(monkeypatch)
+    steady, jumping = clock.contender(lambda call: 1.0), clock.contender(lambda call: 1 + 2 * (call % 2))
+    asked: list[str] = []
+    jumping = jumping._replace(details=lambda *_: asked.append("details") or {})
+    results = run_case(
+        make_case(contenders={"ours": steady, "peer": steady, "noisy": jumping}, rounds=3), CPU, seconds=0
+    )
+    noisy = results["noisy"]
+    assert noisy["noisy"] == "its middle half spreads over 67% of its median; 25% is allowed"
+    assert noisy.keys() == {"error_in_plain_errors", "quartiles_us", "rounds", "noisy"}
+    assert not asked
+    assert noisy["rounds"] == results["peer"]["rounds"] == 3 * measure.PATIENCE
+    assert results["peer"]["ratio"]["median"] == 1
+    assert "spreads over 67%" in requirements.describe("x", {"bytes": 0, "contenders": results})
+
+    results = run_case(make_case(contenders={"ours": jumping, "peer": steady}), CPU, seconds=0)
+    assert "us" not in results["ours"]
+    assert "us" in results["peer"]
+    assert "ratio" not in results["peer"]
+
+
+def test_who_becomes_steady_has_a_time(monkeypatch):
+    """Two calls are not timed, then nine are noisy; with more rounds the middle half is steady."""
+    clock = FakeClock(monkeypatch)
+    settling = clock.contender(lambda call: 1 + call % 3 if call < 9 else 1.0)
+    found = run_case(make_case(contenders={"ours": settling}), CPU, seconds=0)["ours"]
+    assert measure.MIN_ROUNDS < found["rounds"] < measure.PATIENCE * measure.MIN_ROUNDS
+    assert found["us"] == 1e6
+
+
+def test_one_round_is_enough_where_no_more_are_asked_for(monkeypatch):
+    clock = FakeClock(monkeypatch)
+    contenders = {"ours": clock.contender(lambda call: 1.0), "peer": clock.contender(lambda call: 2.0)}
+    results = run_case(make_case(contenders=contenders, rounds=1), CPU, seconds=0)
+    assert results["peer"]["ratio"] == {"low": 2, "median": 2, "high": 2}
+    assert results["ours"]["rounds"] == 1
+
+
+def test_without_ours_there_are_no_ratios(monkeypatch):
+    clock = FakeClock(monkeypatch)
+    contenders = {
+        "ours": simple(lambda x: [3 * x]),
+        "ours, another": clock.contender(lambda call: 1.0),
+        "peer": clock.contender(lambda call: 1.0),
+    }
+    results = run_case(make_case(contenders=contenders), CPU, seconds=0)
+    assert not any("ratio" in found for found in results.values())
+
+
 def test_waits_are_counted(monkeypatch):
     modes: list[Any] = []
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
@@ -267,8 +350,53 @@ def test_waits_are_counted(monkeypatch):
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         return []
 
-    assert measure.count_syncs(waits_twice) == 2
+    assert measure.count_syncs(waits_twice, torch.device("cuda")) == 2
     assert modes == ["warn", 0]
+
+
+def test_waits_are_counted_without_a_gpu():
+    x, mask = torch.randn(50), torch.arange(50) % 2 == 0
+    waiting: list[Callable[[], Any]] = [
+        lambda: x[0].item(), lambda: bool(x[0] > 0), lambda: x.tolist(), lambda: x.numpy(), lambda: x.cpu(),
+        lambda: x.nonzero(), lambda: torch.where(mask), lambda: x[mask], lambda: x.masked_select(mask),
+        lambda: x.unique(), lambda: x.clone().index_put_((mask,), x[:25]), lambda: torch.equal(x, x),
+        lambda: x.repeat_interleave(mask.int()),
+    ]  # fmt: skip
+    for number, call in enumerate(waiting):
+        assert measure.count_syncs(lambda call=call: [call(), x + 1], CPU) == 1, number
+    weight = torch.randn(50, requires_grad=True)
+
+    def free() -> list[Tensor]:
+        loss = (x[x.argsort()] * weight).where(mask, 0).masked_fill(mask, 1).sum()
+        lengths = torch.repeat_interleave(x, torch.full((50,), 2), output_size=100)
+        return [*torch.autograd.grad(loss, [weight]), lengths, torch.zeros(3).index_add_(0, torch.tensor([1]), x[:1])]
+
+    assert measure.count_syncs(free, CPU) == 0
+    in_backward = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t * t[0].item())
+
+    def waits_in_backward() -> list[Tensor]:
+        with in_backward:
+            loss = (weight * x).sum()
+        return list(torch.autograd.grad(loss, [weight]))
+
+    assert measure.count_syncs(waits_in_backward, CPU) == 1
+
+
+def test_memory_is_what_a_call_needs_beside_what_it_returns_and_was_given():
+    x, megabyte = torch.randn(250, 1000, requires_grad=True), 1_000_000
+    with torch.no_grad():
+        calls: dict[Callable[[], list[Tensor]], int] = {
+            lambda: [x + 1]: 0,
+            lambda: [(x.exp() + 1).sum()]: 2 * megabyte,
+            lambda: [torch.cat([x, x]).T @ torch.ones(500, 10)]: 2 * megabyte + 500 * 10 * 4,
+        }
+        for number, (call, needed) in enumerate(calls.items()):
+            assert measure.peak_bytes(call, CPU) == pytest.approx(needed, abs=200), number
+
+    def backward() -> list[Tensor]:  # keeps two results of exp; then there are two gradients at a time, one returned
+        return list(torch.autograd.grad(x.exp().exp().sum(), [x]))
+
+    assert measure.peak_bytes(backward, CPU) == pytest.approx(3 * megabyte - megabyte, abs=200)
 
 
 def test_enough_copies_to_leave_the_cache(monkeypatch):

@@ -10,7 +10,7 @@ OLDEST_TRITON := triton==3.6.0
 QUANTISERS := torchao==0.18.0 bitsandbytes==0.50.2
 PATHS := kernels aligngpt training demo benchmarks tests setup.py
 
-.PHONY: install demo check format test test-all test-compile test-gpu bench bench-gpu clean
+.PHONY: install demo check format test test-all test-compile test-gpu bench bench-gpu bench-check bench-report clean
 
 install: $(VENV)/.installed
 
@@ -81,6 +81,12 @@ bench: install
 bench-gpu:
 	@$(GPU_ENV) $(PYTHON) -m benchmarks.need_gpu "make bench-gpu"
 	$(GPU_ENV) $(PYTHON) -m benchmarks.run --results $(RESULTS)
+
+bench-check: install
+	$(BIN)/python -m benchmarks.check
+
+bench-report: install
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf .venv* build *.egg-info

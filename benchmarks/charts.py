@@ -56,13 +56,13 @@ def roofline(points: Sequence[Point], bytes_per_second: float, flops_per_second:
     for stage in shown:
         chosen = [(x, p) for x, p in zip(intensity, points, strict=True) if p.stage == stage]
         rates = [max(p.flops, MOVES_ONLY * p.bytes) / p.seconds for _, p in chosen]
-        look = {"color": color(stage), "marker": marker(stage), "s": 34, "alpha": 0.85, "linewidths": 0}
-        axes.scatter([x for x, _ in chosen], rates, label=stage, zorder=3, **look)
+        hue, form = color(stage), marker(stage)
+        axes.plot([x for x, _ in chosen], rates, form, color=hue, label=stage, alpha=0.85, markersize=6, mew=0)
     low = min(max(p.flops, MOVES_ONLY * p.bytes) / p.seconds for p in points)
     axes.set_ylim(low / 3, flops_per_second * 3)
     axes.set_xlim(left, right)
     axes.text(right / 1.2, flops_per_second * 1.25, "measured matrix rate", ha="right", color=INK)
-    axes.text(left * 1.3, left * bytes_per_second * 5, "measured copy bandwidth", color=INK, rotation=0, va="bottom")
+    axes.text(ridge / 6, ridge / 24 * bytes_per_second, "measured copy bandwidth", color=INK)
     axes.set_xlabel("FLOPs a byte (work without arithmetic at the left edge)")
     axes.set_ylabel("FLOP/s")
     _legend(axes)
@@ -143,8 +143,9 @@ def save(figure: "Figure", path: Path) -> None:
 def _empty(height: float, title: str) -> "tuple[Figure, Axes]":
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(WIDTH, height), facecolor=PAPER, layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), facecolor=PAPER, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12))
     axes = figure.add_subplot(facecolor=PAPER)
     axes.set_title(title, color=INK, loc="left", fontproperties=FontProperties(weight="bold", size=11))
     axes.tick_params(colors=INK, labelsize=9, which="both", length=2)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from benchmarks.readings import Content, Record, cases, is_gpu, ratio
 
 GPU, CPU = "GPU", "CPU"
+UNMEASURED = "unmeasured"
 
 
 class Claim(NamedTuple):
@@ -29,7 +30,7 @@ def _inject(where: str, part: str) -> Iterator[Claim]:
     for name, shown in (
         ("concatenating", "the public concatenating algorithm"),
         ("concatenating once", "the leanest concatenation"),
-        ("concatenating, searching", "searching the ids, as the public code does"),
+        ("concatenating, searching", "searching the ids, as the public code"),
     ):
         yield Claim(text, where, group, name, part, shown_as=shown)
 
@@ -39,23 +40,26 @@ def _auto(direction: str) -> Claim:
     return Claim(text, GPU, f"chain {direction}", against, ours="ours, eager projector")
 
 
-LOSS, PROMPTS, STEP = "loss with backward, V 32,000", "answers to 48 pictures at 7B", "training step, lengths like 665K's"
+LOSS, PROMPTS, STEP = (
+    "loss with backward, V 32,000",
+    "answers to 48 pictures at 7B",
+    "training step, lengths like 665K's",
+)
 CLAIMS = [
     *_inject(GPU, "packed"),
-    *(
-        Claim("the same by the clock, host included", GPU, "injection forward", name, "packed", "wall_us")
-        for name in ("concatenating", "concatenating once", "concatenating, searching")
-    ),
+    *(claim._replace(text="the same by the clock, host included", field="wall_us") for claim in _inject(GPU, "packed")),
     _auto("forward"),
     _auto("forward + backward"),
     *(
-        Claim(f"text mean + gate {direction}", GPU, "gate", name, f"text_mean + align_gate {direction},", shown_as=shown)
+        Claim(
+            f"text mean + gate {direction}", GPU, "gate", name, f"text_mean + align_gate {direction},", shown_as=shown
+        )
         for direction in ("forward", "forward + backward")
         for name, shown in (("reference", "PyTorch"), ("reference, torch.compile", "compiled"))
     ),
     Claim(LOSS, GPU, "loss V=32000", "full logits"),
     Claim(LOSS, GPU, "loss V=32000", "full logits, torch.compile", shown_as="compiled"),
-    Claim(f"{LOSS}: memory", GPU, "loss V=32000", "full logits", field="peak_bytes"),
+    Claim(f"{LOSS}: times as little memory", GPU, "loss V=32000", "full logits", field="peak_bytes"),
     *(Claim("decoding attention, all caches", GPU, "decode", name) for name in ("SDPA flash", "SDPA cuDNN")),
     Claim("projector kernel forward", GPU, "projector forward", "eager"),
     Claim("projector kernel forward + backward", GPU, "projector forward + backward", "eager"),
@@ -76,7 +80,7 @@ CLAIMS = [
 
 
 def number(value: float) -> str:
-    """Three digits, never in powers of ten; bold where a ratio is below 1 is the caller's."""
+    """Three digits, never in powers of ten."""
     text = f"{value:#.3g}"
     return f"{value:,.0f}" if "e" in text else text.rstrip(".")
 
@@ -104,15 +108,16 @@ def values(claim: Claim, content: Content) -> list[float]:
 
 
 def shown(claim: Claim, content: Content) -> str:
+    """The contender and its ratio, or our number and its unit."""
     found = values(claim, content)
     if not found:
-        return "unmeasured"
+        return UNMEASURED
     if claim.field == "mfu":
-        return f"{max(found):.1%} {claim.shown_as}"
+        return f"{number(100 * max(found))} % {claim.shown_as}"
     if not claim.contender:
         return f"{number(max(found))} {claim.shown_as}"
     least, most = times(min(found)), times(max(found))
-    return least if least == most else f"{least} to {most}"
+    return f"{claim.shown_as or claim.contender} {least}" + (f" to {most}" if most != least else "")
 
 
 def tables(files: Sequence[Content], claims: Sequence[Claim] = CLAIMS) -> str:
@@ -122,15 +127,12 @@ def tables(files: Sequence[Content], claims: Sequence[Claim] = CLAIMS) -> str:
         said = [claim for claim in claims if claim.where == where]
         machines = [content for content in files if is_gpu(content) == (where == GPU)]
         for content in machines:
-            lines += [f"| {content['device']} | against | times as fast |", "|---|---|---|"]
+            lines += [f"| {content['device']} | times as fast as |", "|---|---|"]
             for text, of in groupby(said, key=lambda claim: claim.text):
                 row = list(of)
-                cells = [shown(claim, content) for claim in row]
-                if all(cell == "unmeasured" for cell in cells):
-                    cells = cells[:1]
-                names = [claim.shown_as or claim.contender if claim.contender else "—" for claim in row]
-                lines.append(f"| {text} | {' · '.join(names)} | {' · '.join(cells)} |")
+                cells = dict.fromkeys(shown(claim, content) for claim in row)
+                lines.append(f"| {text} | {' · '.join(cells)} |")
             lines.append("")
         if not machines:
-            lines += [f"On a {where}: unmeasured.", ""]
+            lines += [f"On a {where}: {UNMEASURED}.", ""]
     return "\n".join(lines).rstrip()

@@ -118,13 +118,13 @@ def peers(record: Record) -> list[str]:
 
 def share(record: Record, found: Mapping[str, Any]) -> float | None:
     """The part of the measured ceiling that a contender (or a stage of a whole) reached."""
-    top, work = record.get("ceilings"), found if "flops" in found and "bytes" in found else record
     if found.get("share_of_ceiling") is not None:
         return found["share_of_ceiling"]
-    if not top or not found.get("us") or not work.get("bytes", 0) + work.get("flops", 0):
+    top = record.get("ceilings")
+    num_bytes, flops = (found.get(kind) or record.get(kind) or 0 for kind in ("bytes", "flops"))
+    if not top or not found.get("us") or not num_bytes + flops:
         return None
-    least = max(work["bytes"] / top["bytes_per_second"], work["flops"] / top["flops_per_second"])
-    return least / (found["us"] * 1e-6)
+    return max(num_bytes / top["bytes_per_second"], flops / top["flops_per_second"]) / (found["us"] * 1e-6)
 
 
 def breakdowns(content: Content) -> Iterator[Breakdown]:

@@ -209,7 +209,7 @@ def more_of(found: Mapping[str, Any]) -> list[str]:
         "ms_per_token": "{} ms for each after",
     }
     said = [text.format(number(found[name])) for name, text in units.items() if name in found]
-    return said + ([f"{found['mfu']:.1%} MFU"] if "mfu" in found else [])
+    return said + ([f"{number(100 * found['mfu'])} % MFU"] if "mfu" in found else [])
 
 
 def against(record: Record) -> str:
@@ -395,7 +395,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = readings.load()
     if chosen.check:
         found = differences(files)
-        print("\n".join([*found, "Run `python -m benchmarks.report`."]) if found else "the pages say what the files give")
+        print(
+            "\n".join([*found, "Run `python -m benchmarks.report`."]) if found else "the pages say what the files give"
+        )
         return bool(found)
     for path, text in texts(files).items():
         path.write_text(text, encoding="utf-8")

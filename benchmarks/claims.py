@@ -40,21 +40,15 @@ def _auto(direction: str) -> Claim:
     return Claim(text, GPU, f"chain {direction}", against, ours="ours, eager projector")
 
 
-LOSS, PROMPTS, STEP = (
-    "loss with backward, V 32,000",
-    "answers to 48 pictures at 7B",
-    "training step, lengths like 665K's",
-)
+LOSS, PICTURES, STEP = "loss with backward, V 32,000", "answers to 48 pictures at 7B", "training step, lengths of 665K"
 CLAIMS = [
     *_inject(GPU, "packed"),
     *(claim._replace(text="the same by the clock, host included", field="wall_us") for claim in _inject(GPU, "packed")),
     _auto("forward"),
     _auto("forward + backward"),
     *(
-        Claim(
-            f"text mean + gate {direction}", GPU, "gate", name, f"text_mean + align_gate {direction},", shown_as=shown
-        )
-        for direction in ("forward", "forward + backward")
+        Claim(f"text mean + gate {way}", GPU, "gate", name, f"text_mean + align_gate {way},", shown_as=shown)
+        for way in ("forward", "forward + backward")
         for name, shown in (("reference", "PyTorch"), ("reference, torch.compile", "compiled"))
     ),
     Claim(LOSS, GPU, "loss V=32000", "full logits"),
@@ -63,8 +57,8 @@ CLAIMS = [
     *(Claim("decoding attention, all caches", GPU, "decode", name) for name in ("SDPA flash", "SDPA cuDNN")),
     Claim("projector kernel forward", GPU, "projector forward", "eager"),
     Claim("projector kernel forward + backward", GPU, "projector forward + backward", "eager"),
-    Claim(PROMPTS, GPU, "generate images", "", field="answers_per_second", shown_as="pictures a second"),
-    Claim(PROMPTS, GPU, "generate images", "generate, all at once", shown_as="`generate` on the whole batch"),
+    Claim(PICTURES, GPU, "generate images", "", field="answers_per_second", shown_as="pictures a second"),
+    Claim(PICTURES, GPU, "generate images", "generate, all at once", shown_as="`generate` on the whole batch"),
     Claim("one answer at 7B", GPU, "generate one", "", field="new_tokens_per_second", shown_as="tokens a second"),
     Claim("one answer at 7B", GPU, "generate one", "generate", shown_as="`generate`"),
     Claim("training step of stage 1 at 7B", GPU, "step at 7B shapes, pretrain", "", "none", "mfu", shown_as="MFU"),

@@ -56,12 +56,12 @@ make bench-report   # this page, its charts and the README's numbers
 
 **To read it.** Nothing is timed before its answer is checked: ours may be twice as far from float64 as plain PyTorch in
 the same type, a peer eight times; *error* is that distance in units of plain PyTorch's. Contenders take turns in one
-process, on inputs rotated past the caches; on a GPU the time is that between two events. A time is a median, with
-quartiles. *Times as fast* is a contender's time divided by ours, so **bold, below 1, is where ours is slower**; behind it
-stand the quartiles over pairs of the same round. *Ceiling* is what large copies and matrix products reached on the same
-machine in the same run; a share of it is the least time that the counted bytes and FLOPs need, divided by the measured
-one. *Memory* is the peak beyond inputs and results, *waits* are those of the host for the device. A dash is a number that
-was not measured. † marks a case measured with older code than the newest of its file.
+process; on a GPU the inputs are rotated past the L2 cache, and a time is that between two events. A time is a median,
+with quartiles. *Times as fast* is a contender's time divided by ours, so **bold, below 1, is where ours is slower**;
+behind it stand the quartiles over pairs of the same round. *Ceiling* is what large copies and matrix products reached
+on the same machine in the same run; a share of it is the least time that the counted bytes and FLOPs need, divided by
+the measured one. *Memory* is the peak beyond inputs and results, *waits* are those of the host for the device. A dash is
+a number that was not measured. † marks a case measured with older code than the newest of its file.
 """
 
 

@@ -68,6 +68,7 @@ class Case:
     plain: Callable[[Any], Outputs]  # by eager PyTorch in the inputs' dtype: its error is the yardstick
     bytes: int  # that must be read and written
     flops: int  # that must be done
+    file: str = ""  # of benchmarks, that it is from; whoever collects cases fills it in
     stage: str = ""  # one of benchmarks.stages.TABLE
     items: float = 0  # done by a call, of what `unit` says: images, tokens, samples, answers, …
     unit: str = ""

@@ -17,6 +17,7 @@ no failure.
 import argparse
 import importlib
 import json
+import platform
 import statistics
 import subprocess
 import sys
@@ -29,10 +30,9 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.case import Case, run_case
-from benchmarks.conftest import device_name
 from benchmarks.measure import keep_freed_memory
 from benchmarks.readings import RESULTS, Content, load, our_name, reason
-from benchmarks.results import Results, write_json
+from benchmarks.results import Results, device_name, write_json
 from benchmarks.stages import TABLE
 
 STAGES = ("projector", "gate", "injection", "projector + gate + injection", "loss", "optimizer", "sampling")
@@ -147,10 +147,6 @@ def check(
     return failed
 
 
-def is_ours(name: str) -> bool:
-    return name.startswith("ours")
-
-
 def sitting(cases: Sequence[Case], measure: Measure, say: Callable[[str], None] = print) -> dict[str, Any]:
     """By case the ratio of each contender, and what is kept of ours; long cases are named and left out."""
     results: dict[str, Any] = {}
@@ -163,9 +159,8 @@ def sitting(cases: Sequence[Case], measure: Measure, say: Callable[[str], None] 
         elif ours["us"] > SHORT_US:
             say(f"{case.name}: left out, a call takes {ours['us'] / 1e3:.0f} ms")
         else:
-            ratios = {
-                peer: n["ratio"]["median"] for peer, n in contenders.items() if "ratio" in n and not is_ours(peer)
-            }
+            others = {peer: numbers for peer, numbers in contenders.items() if not peer.startswith("ours")}
+            ratios = {peer: numbers["ratio"]["median"] for peer, numbers in others.items() if "ratio" in numbers}
             results[case.name] = ratios | {kept: ours[kept] for kept in KEPT if ours.get(kept) is not None}
     return results
 
@@ -223,7 +218,7 @@ def main() -> int:
     arguments = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(0)
-    device, capability = torch.device("cpu"), "cpu"
+    device, capability = torch.device("cpu"), platform.machine()
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
         capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))

@@ -49,7 +49,8 @@ else; a test fails when this page says anything different.
 
 ```bash
 make bench          # pytest benchmarks/: every stage on this machine, CPU or GPU; --quick takes under a minute
-make bench-gpu      # on a GPU, into benchmarks/results/<device>.json; run again, it goes on where it stopped
+make bench-record   # into benchmarks/results/<device>.json; run again, it goes on where it stopped
+make bench-gpu      # the same on a GPU, with the python3 that is there, in pieces of under eight minutes
 make bench-check    # is any ratio more than 10 % below the one recorded for this kind of machine?
 make bench-report   # this page, its charts and the README's numbers
 ```
@@ -60,8 +61,8 @@ process; on a GPU the inputs are rotated past the L2 cache, and a time is that b
 with quartiles. *Times as fast* is a contender's time divided by ours, so **bold, below 1, is where ours is slower**;
 behind it stand the quartiles over pairs of the same round. *Ceiling* is what large copies and matrix products reached
 on the same machine in the same run; a share of it is the least time that the counted bytes and FLOPs need, divided by
-the measured one. *Memory* is the peak beyond inputs and results, *waits* are those of the host for the device. A dash is
-a number that was not measured. † marks a case measured with older code than the newest of its file.
+the measured one. *Memory* is the peak beyond inputs and results, *waits* are those of the host for the device. A dash
+is a number that was not measured. † marks a case measured with older code than the newest of its file.
 """
 
 

@@ -442,26 +442,83 @@ def test_other_code_makes_a_case_stale(results):
     case = make_case()
     run([case], results())
     changed = results()
-    changed.code = "other"
+    changed.codes[case.file] = "other"
     assert changed.left([case]) == [case]
-    assert list(requirements.finished(changed.content)) == ["a case"]
-    assert requirements.finished(changed.content | {"code": "other"}) == {}
+    assert requirements.finished(changed.content) == {}
+    assert list(requirements.finished(results().content)) == ["a case"]
     assert changed.record(case)["contenders"] == {}
 
 
-def test_the_code_is_that_of_kernels_and_cases(tmp_path):
+def test_other_code_of_one_file_leaves_the_others_cases(results):
+    cases = [make_case("a", file="bench_gate"), make_case("b", file="bench_loss")]
+    run(cases, results())
+    changed = results()
+    changed.codes["bench_gate"] = "other"
+    assert names(changed.left(cases)) == ["a"]
+    assert list(requirements.finished(changed.content)) == ["b"]
+    assert run(cases, changed) == 0
+    assert names(changed.left(cases)) == []
+
+
+def test_records_from_before_files_were_told_apart_remain(results):
+    old, older = ({**record("gate", {"ours": 1}), "code": code} for code in ("then", "before"))
+    write_json(results().path, {"code": "then", "cases": {"a": old, "b": older}})
+    assert run([make_case("c")], results()) == 0
+    assert list(requirements.finished(results().content)) == ["a", "c"]
+    assert names(results().left([make_case("a"), make_case("c")])) == ["a"]
+
+
+def test_the_recorded_results_are_read():
+    for file in (Path(__file__).parents[2] / "benchmarks/results").glob("*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        assert requirements.finished(content), file
+        assert all(name in requirements.summary(content) for name in requirements.finished(content))
+
+
+def test_the_code_is_that_of_kernels_and_what_the_cases_import(tmp_path):
     (tmp_path / "kernels/aligngpt_kernels").mkdir(parents=True)
     (tmp_path / "benchmarks").mkdir()
-    files = ["kernels/aligngpt_kernels/gate.py", "benchmarks/bench_gate.py", "benchmarks/measure.py"]
-    for file in [*files, "benchmarks/case.py", "benchmarks/shapes.py", "benchmarks/requirements.py"]:
-        (tmp_path / file).write_text("1")
-    hashes = [code_hash(tmp_path)]
-    for file in files:
-        (tmp_path / file).write_text("2")
-        hashes.append(code_hash(tmp_path))
+    texts = {name: "" for name in ("measure", "shapes", "requirements", "bench_other", "conftest")}
+    texts["bench_gate"] = "from benchmarks import bench_injection\nfrom benchmarks.case import Case"
+    texts["bench_injection"] = "def later():\n    import benchmarks.lengths"
+    texts["case"] = "from benchmarks.measure import Run\nfrom benchmarks.conftest import x"
+    texts["lengths"] = "import json\nfrom benchmarks.bench_gate import x\nfrom json import loads"
+    for name, text in texts.items():
+        (tmp_path / f"benchmarks/{name}.py").write_text(text)
+    (tmp_path / "kernels/aligngpt_kernels/gate.py").write_text("1")
+    hashes = [code_hash(tmp_path, "bench_gate")]
+    for name in ("bench_gate", "bench_injection", "case", "measure", "lengths"):
+        with (tmp_path / f"benchmarks/{name}.py").open("a") as file:
+            file.write("\n")
+        hashes.append(code_hash(tmp_path, "bench_gate"))
+    (tmp_path / "kernels/aligngpt_kernels/gate.py").write_text("2")
+    hashes.append(code_hash(tmp_path, "bench_gate"))
     assert len(set(hashes)) == len(hashes)
-    (tmp_path / "benchmarks/requirements.py").write_text("2")  # says how results are shown
-    assert code_hash(tmp_path) == hashes[-1]
+    for name in ("requirements", "conftest", "bench_other"):
+        (tmp_path / f"benchmarks/{name}.py").write_text("2")
+    assert code_hash(tmp_path, "bench_gate") == hashes[-1]
+
+
+def test_every_file_of_benchmarks_is_asked(monkeypatch, capsys):
+    """Those that have no cases for a CPU, or whose package is missing, are named."""
+    monkeypatch.setitem(sys.modules, "benchmarks.bench_gate", None)
+    with pytest.raises(ModuleNotFoundError):
+        all_cases(CPU)  # ours
+
+    def import_module(name: str) -> Any:
+        if name.endswith("bench_step"):
+            raise ModuleNotFoundError(name="transformers")
+        return SimpleNamespace(**({} if name.endswith("loss") else {"cpu_cases": lambda: [make_case(name)]}))
+
+    monkeypatch.setattr(runner.importlib, "import_module", import_module)
+    capsys.readouterr()
+    cases = all_cases(CPU)
+    files = {file.stem for file in Path(runner.__file__).parent.glob("bench_*.py")}
+    assert {case.file for case in cases} == files - {"bench_step", "bench_loss"}
+    assert all(case.name == f"benchmarks.{case.file}" for case in cases)
+    said = capsys.readouterr().out
+    assert "left out: bench_step, the package transformers is not installed" in said
+    assert "left out: bench_loss has no cpu_cases" in said
 
 
 def test_it_stops_while_there_is_time_for_no_more_cases(results):

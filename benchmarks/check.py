@@ -72,10 +72,10 @@ def candidates(device: torch.device) -> list[Case]:
 
 
 def interval(numbers: Mapping[str, Any]) -> Interval:
-    """95 % of the median of paired ratios, from their quartiles: 1.57 times their distance over the root of the rounds
-    on either side (McGill, Tukey and Larsen, 1978)."""
+    """95 % of the median of paired ratios, from their quartiles: those of a normal distribution lie 1.35 standard
+    deviations apart, and the median of n draws deviates by 1.25 of them over the root of n."""
     found = numbers["ratio"]
-    half = 1.57 * (found["high"] - found["low"]) / numbers["rounds"] ** 0.5
+    half = 1.96 * 1.25 / 1.35 * (found["high"] - found["low"]) / numbers["rounds"] ** 0.5
     return Interval(found["median"], found["median"] - half, found["median"] + half)
 
 
@@ -98,7 +98,7 @@ def verdicts(case: str, recorded: Mapping[str, Any], contenders: Mapping[str, An
         if name in KEPT:
             found = ours.get(name)
             grew = found is not None and found > (kept if name == "syncs" else kept / LEAST)
-            yield Verdict(case, "ours", f"{name} {found}, recorded {kept}", failed=grew)
+            yield Verdict(case, f"ours, {name}", f"{found}, recorded {kept}", failed=grew)
         elif kept["stable"]:
             numbers = contenders.get(name, {})
             before = statistics.median(kept["ratios"])
@@ -187,6 +187,11 @@ def merged(sittings: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Any
     return {case: kept for case, kept in checks.items() if kept}
 
 
+def sit(file: Path) -> None:
+    """A sitting in a process of its own, into the file."""
+    subprocess.run([sys.executable, "-m", "benchmarks.check", "--sitting", str(file)], check=True)
+
+
 def record(number: int, folder: Path, device: str, capability: str) -> Path:
     """Sit so many times, and write what is stable into the device's file; its path."""
     sittings = []
@@ -194,7 +199,7 @@ def record(number: int, folder: Path, device: str, capability: str) -> Path:
         for turn in range(number):
             print(f"sitting {turn + 1} of {number}", flush=True)
             file = Path(scratch) / f"{turn}.json"
-            subprocess.run([sys.executable, "-m", "benchmarks.check", "--sitting", str(file)], check=True)
+            sit(file)
             sittings.append(json.loads(file.read_text(encoding="utf-8")))
     path = Results(folder, device, capability).path
     if path.exists():

@@ -8,13 +8,13 @@ Runs are saved into .benchmarks, those of --quick into .benchmarks/quick, with d
 device reaches, so that --benchmark-compare shows the last run beside this one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.case import Case, run_case
+from benchmarks.case import Case, InTurns, run_case
 from benchmarks.measure import Ceilings, Timing, ceilings, keep_freed_memory
 from benchmarks.requirements import describe, described, exceptions
 from benchmarks.results import commit, device_name, versions
@@ -77,10 +77,13 @@ def top(request: pytest.FixtureRequest) -> Ceilings:
 
 
 @pytest.fixture
-def in_turns(benchmark: Any, top: Ceilings, request: pytest.FixtureRequest) -> Callable[[Case], None]:
-    """Checks a case's contenders, times them in turns, makes a row of each, and asserts that ours was right."""
+def in_turns(benchmark: Any, top: Ceilings, request: pytest.FixtureRequest) -> InTurns:
+    """Checks a case's contenders, times them in turns, makes a row of each, and asserts that ours was right.
 
-    def run(case: Case) -> None:
+    Returns their records.
+    """
+
+    def run(case: Case) -> dict[str, dict[str, Any]]:
         timings: dict[str, Timing] = {}
         seconds = 0.1 if request.config.getoption("quick") else 0.5
         results = run_case(case, DEVICE, top, seconds=seconds, timings=timings)
@@ -91,6 +94,7 @@ def in_turns(benchmark: Any, top: Ceilings, request: pytest.FixtureRequest) -> C
         add_rows(benchmark, case, results, timings)
         ours = results[next(name for name in case.contenders if name.startswith("ours"))]
         assert "us" in ours or "noisy" in ours, ours
+        return results
 
     return run
 
@@ -110,7 +114,7 @@ def add_rows(
         row = benchmark._make_stats(iterations=1)
         row.group = case.stage
         row.name, row.fullname = f"{case.name}: {name}", f"{benchmark.fullname}: {name}"
-        row.extra_info = about | {"case": case.name, "contender": name} | results[name]
+        row.extra_info = {**about, "case": case.name, "contender": name, **results[name]}
         for seconds in timing.samples:
             row.update(seconds)
 

@@ -28,10 +28,15 @@ class Missing(Exception):
 def result(record: Record, name: str, unit: str = "us") -> float:
     found = record["contenders"].get(name, {})
     if unit not in found:
-        said = "; ".join(f"{kind}: {why}" for kind, why in found.items() if isinstance(why, str))
+        said = reasons(found)
         fault = name.startswith("ours") and bool({"wrong", "failed"} & found.keys())
         raise Missing(f"{name}: {said or f'no {unit}'}", fault)
     return found[unit]
+
+
+def reasons(found: Record) -> str:
+    """Why a contender has no time."""
+    return "; ".join(f"{kind}: {why}" for kind, why in found.items() if isinstance(why, str))
 
 
 def ratio(other: str, ours: str = "ours", unit: str = "us") -> Callable[[Record], float]:
@@ -248,8 +253,7 @@ def describe(name: str, record: Record) -> str:
         lines.append("  there is one copy of the inputs: parts of it may be read from the cache")
     for contender, found in record["contenders"].items():
         if "us" not in found:
-            said = (f"{kind}: {why}" for kind, why in found.items() if isinstance(why, str))
-            lines.append(f"  {contender:<32}" + "; ".join(said))
+            lines.append(f"  {contender:<32}{reasons(found)}")
             continue
         low, high = found["quartiles_us"]
         said = f"  {contender:<32}{found['us']:>11.1f} µs ({low:.1f} to {high:.1f})"
@@ -287,8 +291,7 @@ def exceptions(cases: Mapping[str, Record]) -> list[str]:
                 missing.setdefault(("the whole case", f"{kind}: {record[kind]}"), []).append(case)
         for name, found in record["contenders"].items():
             if "us" not in found:
-                why = "; ".join(f"{kind}: {said}" for kind, said in found.items() if isinstance(said, str))
-                missing.setdefault((name, why), []).append(case)
+                missing.setdefault((name, reasons(found)), []).append(case)
             elif "ratio" in found:
                 compared += 1
                 if found["ratio"]["median"] < 1:

@@ -1,6 +1,8 @@
 """`python -m benchmarks.run`: every case on this device, into results/<device>.json after each one.
 
-The cases are those of every bench_*.py of this folder: `cases()` on a GPU, `cpu_cases()` elsewhere. A case that the file holds for the same code, packages and device is not run again, so a run that was stopped goes on
+The cases are those of every bench_*.py of this folder: `cases()` on a GPU, `cpu_cases()` elsewhere.
+
+A case that the file holds for the same code, packages and device is not run again, so a run that was stopped goes on
 where it was. It stops by itself before --seconds are over, with status 3 while cases are left. What ends the process
 (a kernel that hangs and is killed, an illegal address) is recorded against the contender it happened in and not run
 again until the code changes. Whoever ran when the time was over gets a second try: it may only have compiled.
@@ -28,15 +30,7 @@ from benchmarks.results import Results, device_name, write_json
 
 NOT_FINISHED, LOST = 3, 4  # exit statuses
 RESERVE_SECONDS, MOST_RESERVED = 60, 200  # for a case, until one took longer; and then at most
-FIRST = (
-    "bench_projector",
-    "bench_injection",
-    "bench_chain",
-    "bench_loss",
-    "bench_gate",
-    "bench_step",
-    "bench_generate",
-)
+FIRST = [f"bench_{name}" for name in ("projector", "injection", "chain", "loss", "gate", "step", "generate")]
 LAST = "bench_decode"
 GPU = torch.device("cuda")
 OURS = ("aligngpt_kernels", "aligngpt", "training", "benchmarks")

@@ -478,7 +478,7 @@ def test_the_recorded_results_are_read():
 def test_the_code_is_that_of_kernels_and_what_the_cases_import(tmp_path):
     (tmp_path / "kernels/aligngpt_kernels").mkdir(parents=True)
     (tmp_path / "benchmarks").mkdir()
-    texts = {name: "" for name in ("measure", "shapes", "requirements", "bench_other", "conftest")}
+    texts = dict.fromkeys(("measure", "shapes", "requirements", "bench_other", "conftest"), "")
     texts["bench_gate"] = "from benchmarks import bench_injection\nfrom benchmarks.case import Case"
     texts["bench_injection"] = "def later():\n    import benchmarks.lengths"
     texts["case"] = "from benchmarks.measure import Run\nfrom benchmarks.conftest import x"

@@ -145,7 +145,8 @@ class Drawn:
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         if len(self.shape) == 1:  # norms are 1, biases 0
-            return torch.full(self.shape, float("norm" in self.name and "weight" in self.name), device=self.device)
+            value = float("norm" in self.name and "weight" in self.name)
+            return torch.full(self.shape, value, device=self.device)[start:stop]
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(self.name.encode()))
         drawn = torch.randn(self.shape, device=self.device, generator=generator)
         return drawn.mul_(math.prod(self.shape[1:]) ** -0.5)[start:stop]

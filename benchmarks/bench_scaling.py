@@ -1,0 +1,829 @@
+"""How cost grows: with batch, sequence length, images, vocabulary, cache, processes and the size of the data set.
+
+Each case is a point of a sweep, checked before it is timed like any other, and says how fast its sweep may grow and why
+(fit.py fits the exponents and compares). Only ours contends: what a point costs beside others is in the other files.
+
+    model       a training step by samples (those of four conversations, again and again); forward and backward of the
+                LLM by tokens, as one packed sequence and as many of EACH tokens; tower to injection by images of a
+                sample; loss, and text mean + gate + injection, by vocabulary; a decode step by answers and by cached
+                tokens; prefill by prompts
+    processes   a step of the same global batch over 1, 2 and 4 of them, sharded by FSDP2 over gloo. They are started
+                for the case and share this machine's cores, so beside the wall time stand the seconds of all their
+                processors, and the bytes that their collectives send
+    data sets   what opening, reading, ordering, planning, cutting into levels and packing cost by records (sets.py
+                makes them), with memory where a set is opened, in a process that does nothing else
+
+On a GPU the model's sweeps have the widths of 7B and the others are left out: they are the host's. `cpu_cases` goes to
+100K records and to 10K as JSON, whose parsing takes 35 µs a record; `full_cases` goes to a million of both.
+"""
+
+import atexit
+import contextlib
+import copy
+import dataclasses
+import gc
+import io
+import itertools
+import os
+import pickle
+import resource
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aligngpt import cli
+from aligngpt.batch import Batch, Example, collate
+from aligngpt.data.records import open_records
+from aligngpt.generate import Answer, Engine, Request
+from aligngpt.levels import SET_ASIDE
+from aligngpt.model import AlignGPTForConditionalGeneration
+from aligngpt.pack import Source, pack, read_source
+from aligngpt.sampling import Sampling
+from aligngpt.text import TokenIds, Tokenized
+from benchmarks import bench_chain, bench_generate, bench_loss, lengths, sets
+from benchmarks.bench_generate import Asked, Work, none_lacking, plain_lacking, shortfall
+from benchmarks.bench_step import (
+    CLIP_NORM,
+    LLAMA_7B,
+    SEED,
+    SMALLEST,
+    Data,
+    Size,
+    Step,
+    attend,
+    make_model,
+    mean_loss,
+    optimizer_of,
+    ready,
+    recipe,
+    tolerance,
+    train_step,
+    world_of_one,
+)
+from benchmarks.case import Case, Contender
+from benchmarks.measure import Outputs, Run
+from benchmarks.worlds import Group, alone
+from training import loop, sharding
+from training.config import TrainConfig
+from training.loader import Cut, Order, Part, Samples
+from training.plan import sample_lengths
+
+ROUNDS = 5
+EACH = 64  # tokens of a short sequence
+TEXT = 32  # tokens beside the images of a sample
+NEW = 256  # tokens of an answer, more than a step is timed
+BASE = 4  # conversations that a batch repeats
+MIB = 2**20
+
+Grows = Mapping[str, tuple[float, str]]  # by field of the record: the largest exponent, and why it is not less
+SHARED = "processes above the number of cores take turns"
+
+
+def swept(
+    case: Case,
+    what: str,
+    x: int,
+    grows: Grows,
+    more: Callable[[Any, Any], dict[str, Any]] = lambda run, inputs: {},
+) -> Case:
+    """A point of the sweep that the case's name stands for; more: to record, from what was timed and the inputs."""
+    name, ours = next((name, ours) for name, ours in case.contenders.items() if name.startswith("ours"))
+
+    def details(run: Any, inputs: Any, seconds: float) -> dict[str, Any]:
+        return {"grows": {field: list(allowed) for field, allowed in grows.items()}} | more(run, inputs)
+
+    return dataclasses.replace(
+        case,
+        name=f"scaling: {case.name}, {x}",
+        contenders={name: ours._replace(details=details)},
+        group="scaling",
+        sweep=(what, x),
+        dispatch=None,
+        host=False,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+class Stepping(NamedTuple):
+    config: TrainConfig
+    size: Size
+    step: Step
+    expected: Tensor
+
+
+@cache
+def conversations(size: Size) -> Data:
+    """BASE of them."""
+    return Data.make(size, "finetune", sets.new_folder(), BASE)
+
+
+def repeated(size: Size, samples: int) -> Data:
+    """The same again and again, in one global batch."""
+    data = copy.copy(conversations(size).samples)
+    data.kept = np.arange(samples) % BASE
+    return Data(data, size._replace(global_batch=samples))
+
+
+@cache
+def loss_of_conversations(device: torch.device, size: Size, dtype: torch.dtype) -> Tensor:
+    """One by one."""
+    alone = repeated(size, BASE).padded(1)
+    return mean_loss(size, recipe("finetune", dtype), [ready(loaded, device) for loaded in alone.steps(device)])
+
+
+def make_stepping(device: torch.device, size: Size, dtype: torch.dtype, samples: int) -> Stepping:
+    (step,) = (ready(loaded, device) for loaded in repeated(size, samples).steps(device))
+    return Stepping(recipe("finetune", dtype), size, step, loss_of_conversations(device, size, dtype))
+
+
+def stepping(made: Stepping) -> Run:
+    model = make_model(made.size, made.config)
+    optimizer = optimizer_of(model, lr=0.0)
+    return lambda: [train_step(model, optimizer, made.step, made.config.sharding)[0]]
+
+
+def step_case(size: Size, dtype: torch.dtype, samples: int) -> Case:
+    case = Case(
+        name="a training step by samples",
+        make=lambda device: make_stepping(device, size, dtype, samples),
+        contenders={"ours": Contender(stepping)},
+        exact=lambda made: [made.expected],
+        plain=lambda made: [made.expected],
+        floors=(tolerance(dtype),),
+        bytes=0,
+        flops=0,
+        stage="training step",
+        items=samples,
+        unit="samples",
+        rounds=ROUNDS,
+        trains=True,
+        one_copy=True,
+    )
+    return swept(case, "samples of a step", samples, {"us": (1, "each sample is read")})
+
+
+class Passing(NamedTuple):
+    model: AlignGPTForConditionalGeneration
+    packed: Batch
+    padded: Batch  # the same sequences, none of which is padded
+
+
+def make_passing(device: torch.device, size: Size, dtype: torch.dtype, tokens: int, each: int) -> Passing:
+    model = bench_generate.make_model(size, device, dtype).train()
+    config, generator = model.config, torch.Generator().manual_seed(SEED)
+    is_text = torch.arange(each) > 0
+    no_image = torch.empty(0, 3, size.image_size, size.image_size)
+    examples = []
+    for number in range(tokens // each):
+        ids = torch.randint(3, size.vocabulary, (each,), generator=generator)
+        examples.append(Example(str(number), Tokenized(ids, ids, is_text, 0), no_image))
+    token_ids = TokenIds(pad=0, image=config.image_token_id, align=config.align_token_id)
+    about = {"token_ids": token_ids, "rows_per_image": config.image_seq_length, "image_size": size.image_size}
+    packed, padded = (collate(examples, **about, packed=packed).to(device) for packed in (True, False))
+    return Passing(model, packed, padded)
+
+
+def passing(made: Passing) -> Run:
+    attend(made.model, packed=True)
+    return partial(loss_and_gradient, made.model, made.packed)
+
+
+def loss_and_gradient(model: AlignGPTForConditionalGeneration, batch: Batch) -> Outputs:
+    """The mean loss, and its gradient to the embedding table, whose way leads through every layer."""
+    loss = model(**batch.model_inputs(), num_items_in_batch=batch.num_supervised, use_cache=False).loss
+    table = model.get_input_embeddings().weight
+    trained = [weight for weight in model.model.language_model.parameters() if weight is not table]
+    return [loss.detach(), torch.autograd.grad(loss, [table, *trained])[0]]
+
+
+def passed(made: Passing, dtype: torch.dtype | None = None) -> Outputs:
+    """By SDPA on rows, in another dtype."""
+    model = copy.deepcopy(made.model).to(dtype)
+    attend(model, packed=False)
+    return loss_and_gradient(model, made.padded)
+
+
+def sequence_case(size: Size, dtype: torch.dtype, tokens: int, each: int | None) -> Case:
+    wider = torch.float64 if dtype == torch.float32 else torch.float32
+    case = Case(
+        name="LLM forward + backward by tokens of " + (f"sequences of {each}" if each else "one sequence"),
+        make=lambda device: make_passing(device, size, dtype, tokens, each or tokens),
+        contenders={"ours": Contender(passing)},
+        exact=lambda made: passed(made, wider),
+        plain=lambda made: passed(made, dtype),
+        floors=(tolerance(dtype), tolerance(dtype)),
+        bytes=0,
+        flops=0,
+        stage="LLM forward",
+        items=tokens,
+        unit="tokens",
+        rounds=ROUNDS,
+        trains=True,
+        one_copy=True,
+    )
+    allowed = (1, "each token is read") if each else (2, "each token attends to all before it")
+    return swept(case, "tokens", tokens, {"us": allowed})
+
+
+# ------------------------------------------------------------------------------------------------ before the LLM
+
+
+class Seeing(NamedTuple):
+    model: AlignGPTForConditionalGeneration
+    ids: Tensor  # (1, L)
+    gate_mask: Tensor
+    pixels: Tensor
+
+
+def make_seeing(device: torch.device, size: Size, dtype: torch.dtype, images: int) -> Seeing:
+    model = bench_generate.make_model(size, device, dtype)
+    config, generator = model.config, torch.Generator().manual_seed(SEED)
+    text = torch.randint(3, size.vocabulary, (TEXT,), generator=generator)
+    head = [bench_generate.BOS, config.align_token_id] + [config.image_token_id] * config.image_seq_length * images
+    ids = torch.cat((torch.tensor(head), text))[None]
+    pixels = torch.randn(images, 3, size.image_size, size.image_size, generator=generator)
+    gate_mask = torch.arange(ids.shape[1])[None] >= len(head)
+    return Seeing(model, ids.to(device), gate_mask.to(device), pixels.to(device))
+
+
+@torch.no_grad()
+def seen(made: Seeing, dtype: torch.dtype | None = None) -> Outputs:
+    model = made.model if dtype is None else copy.deepcopy(made.model).to(dtype)
+    return [model.model.embed(made.ids, made.pixels, gate_mask=made.gate_mask)[0]]
+
+
+def images_case(size: Size, dtype: torch.dtype, images: int) -> Case:
+    wider = torch.float64 if dtype == torch.float32 else torch.float32
+    case = Case(
+        name="tower to injection by images of a sample",
+        make=lambda device: make_seeing(device, size, dtype, images),
+        contenders={"ours": Contender(lambda made: lambda: seen(made))},
+        exact=lambda made: seen(made, wider),
+        plain=lambda made: seen(made, wider),  # what ours may be off is in the floor
+        floors=(1e-5 if dtype == torch.float32 else 2e-2,),
+        bytes=0,
+        flops=0,
+        stage="vision tower",
+        items=images,
+        unit="images",
+        rounds=ROUNDS,
+        trains=True,
+        one_copy=True,
+    )
+    return swept(case, "images of a sample", images, {"us": (1, "each image is read")})
+
+
+def vocabulary_cases(
+    vocabularies: Sequence[int], dtype: torch.dtype, rows: int, width: int, image_rows: int, features: int
+) -> list[Case]:
+    """rows: of the loss."""
+    found = []
+    for vocabulary in vocabularies:
+        loss = bench_loss.case(vocabulary, trained=True, rows=rows, width=width, dtype=dtype)
+        chain = bench_chain.case(vocabulary=vocabulary, rows=image_rows, features=features, width=width, dtype=dtype)
+        loss, chain = (dataclasses.replace(case, name=f"{case.stage} by vocabulary") for case in (loss, chain))
+        found += [
+            swept(loss, "vocabulary", vocabulary, {"us": (1, "each word has a logit")}),
+            swept(chain, "vocabulary", vocabulary, {"us": (0, "only the words of the text are read")}),
+        ]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ answering
+
+
+class Decoding:
+    """Steps of an engine that has read all prompts."""
+
+    def __init__(self, asked: Asked):
+        work = asked.work
+        self.engine = Engine(
+            asked.model,
+            asked.processor,
+            max_batch_size=work.requests,
+            max_length=work.prompt + NEW,
+            max_prefill_tokens=work.requests * work.prompt,
+        )
+        sampling = Sampling(max_new_tokens=NEW)
+        self.answers: list[Answer] = [self.engine.submit(Request(prompt, sampling)) for prompt in asked.prompts]
+        self._until(1)
+
+    def _until(self, tokens: int) -> None:
+        while min(len(answer.tokens) for answer in self.answers) < tokens:
+            self.engine.step()
+
+    def __call__(self) -> Outputs:
+        """A step, and the first two tokens of each answer: the second is the first call's. (answers, 2)"""
+        self.engine.step()
+        self._until(2)  # where the host sees a step's tokens after the next one
+        assert self.answers[0].finish_reason is None, "its answers have ended"
+        return [torch.tensor([answer.tokens[:2] for answer in self.answers])]
+
+
+def decode_case(size: Size, dtype: torch.dtype, answers: int, cached: int, *, by_answers: bool) -> Case:
+    work = Work(size, cached, 2, answers, False, dtype)
+    case = Case(
+        name="a decode step by " + ("answers" if by_answers else f"cached tokens of {answers} answers"),
+        make=lambda device: bench_generate.make(device, work),
+        contenders={"ours": Contender(Decoding, shortfall)},
+        exact=none_lacking,
+        plain=plain_lacking,
+        bytes=0,
+        flops=0,
+        stage="decode step",
+        items=answers,
+        unit="tokens",
+        rounds=ROUNDS,
+        trains=True,
+        one_copy=True,
+    )
+    if by_answers:
+        return swept(case, "answers", answers, {"us": (1, "each answer has keys of its own")})
+    return swept(case, "cached tokens", cached, {"us": (1, "each key is read")})
+
+
+def prefill_case(size: Size, dtype: torch.dtype, prompts: int, text: int) -> Case:
+    work = Work(size, text, 1, prompts, True, dtype)
+
+    def prefill(asked: Asked) -> Run:
+        answer = bench_generate.ours(asked, prompts)
+        return lambda: [answer(1)]
+
+    case = Case(
+        name="prefill by prompts",
+        make=lambda device: bench_generate.make(device, work),
+        contenders={"ours": Contender(prefill, shortfall)},
+        exact=none_lacking,
+        plain=plain_lacking,
+        bytes=0,
+        flops=0,
+        stage="prefill",
+        items=prompts,
+        unit="prompts",
+        rounds=ROUNDS,
+        trains=True,
+        one_copy=True,
+    )
+    return swept(case, "prompts", prompts, {"us": (1, "each prompt is read")})
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+class SentBytes(TorchDispatchMode):
+    """Counts what this process sends in collectives on tensors, as a ring does them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name.startswith("c10d::"):
+            shares = {"allgather": 1, "reduce_scatter": 1, "allreduce": 2}  # of the whole tensor, times (n - 1) / n
+            times = next((times for kind, times in shares.items() if kind in name), 0)
+            whole = max((_bytes(argument) for argument in args), default=0)
+            self.bytes += times * whole * (dist.get_world_size() - 1) / dist.get_world_size()
+        return func(*args, **(kwargs or {}))
+
+
+def _bytes(argument: Any) -> int:
+    if isinstance(argument, Tensor):
+        return argument.nbytes
+    return sum(map(_bytes, argument)) if isinstance(argument, (list, tuple)) else 0
+
+
+class Reply(NamedTuple):
+    """Of a process, about a step."""
+
+    loss: float
+    norm: float
+    processor_seconds: float
+    sent_bytes: float
+
+
+def shared_out(size: Size, samples: int, processes: int) -> list[list[Batch]]:
+    """What each process takes of a global batch, as training's loader cuts it."""
+    found = []
+    for rank in range(processes):
+        data, part = repeated(size, samples).samples, Part(0, list(range(samples)))
+        data.cut = dataclasses.replace(data.cut, rank=rank, num_processes=processes)
+        batches = data.decoded(part, data.load(part, {}), data.decoder(torch.device("cpu"))).batches
+        assert batches is not None
+        found.append(batches)
+    return found
+
+
+def join_step(size: Size, pickled: bytes) -> Callable[[], Reply]:
+    """In a process of a Group: the model, and a step of this process's part of `shared_out`."""
+    world, config = world_of_one(), recipe("finetune", torch.float32)
+    model = make_model(size, config)
+    optimizer = optimizer_of(model, lr=0.0)
+    batches = pickle.loads(pickled)[world.rank]
+    (supervised,) = world.add(sum(batch.num_supervised for batch in batches))
+    step = loop.Step(batches, 0, 0, int(supervised), 0, 0.0)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+
+    def take() -> Reply:
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        with SentBytes() as sent:
+            sums = loop.forward_and_backward(model, step, config, world)
+            norm = sharding.whole(clip_grad_norm_(trained, CLIP_NORM)).item()
+        (means,) = sums.reduce(world)
+        optimizer.step()
+        optimizer.zero_grad()
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return Reply(means["loss"], norm, seconds, sent.bytes)
+
+    return take
+
+
+_groups: dict[str, Group] = {}  # the one that runs
+
+
+def group_of(processes: int, size: Size, samples: int) -> Group:
+    """As many processes, the same ones as long as nobody asks for others."""
+    key = repr((processes, size, samples))
+    if key not in _groups or not _groups[key].is_open:
+        close_groups()
+        shares = pickle.dumps(shared_out(size, samples, processes))  # by torch's own pickler they are shared, not sent
+        _groups[key] = Group(processes, partial(join_step, size, shares))
+    return _groups[key]
+
+
+@atexit.register
+def close_groups() -> None:
+    for group in _groups.values():
+        group.close()
+    _groups.clear()
+
+
+class InWorld:
+    """A step on request by all processes."""
+
+    def __init__(self, made: Stepping, processes: int, samples: int):
+        self.group = group_of(processes, made.size, samples)
+        self.replies: list[list[Reply]] = []
+
+    def __call__(self) -> Outputs:
+        self.replies.append(self.group())
+        return [torch.tensor([reply.loss for reply in self.replies[-1]], dtype=torch.float64)]
+
+    def details(self, made: Stepping) -> dict[str, Any]:
+        seconds = [sum(reply.processor_seconds for reply in replies) for replies in self.replies[1:]]
+        low, median, high = (1e6 * q for q in statistics.quantiles(seconds, n=4, method="inclusive"))
+        return {
+            "processor_us": round(median, 1),
+            "quartiles_processor_us": [round(low, 1), round(high, 1)],
+            "sent_bytes": int(sum(reply.sent_bytes for reply in self.replies[-1])),
+            "cores": os.cpu_count(),
+        }
+
+
+def world_case(size: Size, samples: int, processes: int) -> Case:
+    """Only once the last one was closed are the processes of the next one started: they share the cores."""
+    dtype = torch.float32
+    case = Case(
+        name=f"a step of {samples} samples by processes",
+        make=lambda device: make_stepping(device, size, dtype, samples),
+        contenders={"ours": Contender(lambda made: InWorld(made, processes, samples))},
+        exact=lambda made: [made.expected.double().expand(processes)],
+        plain=lambda made: [made.expected.double().expand(processes)],
+        floors=(tolerance(dtype),),
+        bytes=0,
+        flops=0,
+        stage="training step",
+        items=samples,
+        unit="samples",
+        rounds=ROUNDS,
+        trains=True,
+        one_copy=True,
+    )
+    grows: Grows = {
+        "us": (1, SHARED),
+        "processor_us": (1, "each process gathers all weights"),
+    }
+    return swept(case, "processes", processes, grows, lambda run, made: run.details(made))
+
+
+# ------------------------------------------------------------------------------------------------ data sets
+
+ACCESSES = 200  # records of one call
+PLANNED = 256  # records whose planned length is compared with the true one
+OF_EPOCHS = 100_000  # records whose order is asked for after many epochs
+
+
+def data_case(
+    name: str,
+    make: Callable[[], Any],  # in the time of nobody
+    run: Callable[[Any], Outputs],
+    exact: Callable[[Any], Outputs],
+    records: int,
+    grows: Grows,
+    *,
+    finish: Callable[[Any, Outputs], Outputs] | None = None,
+    items: int = 0,
+    floors: Sequence[float] = (),
+    more: Callable[[Any, Any], dict[str, Any]] = lambda run, inputs: {},
+    what: str = "records",
+    rounds: int = ROUNDS,
+) -> Case:
+    case = Case(
+        name=name,
+        make=lambda device: make(),
+        contenders={"ours": Contender(lambda made: lambda: run(made), finish)},
+        exact=exact,
+        plain=exact,
+        floors=floors,
+        equal=not floors,
+        bytes=0,
+        flops=0,
+        stage="read + decode",
+        items=items or records,
+        unit="records",
+        rounds=rounds,
+        trains=True,
+        one_copy=True,
+    )
+    return swept(case, what, records, grows, more)
+
+
+def opened(path: Path) -> Outputs:
+    records = open_records(path)
+    return [torch.tensor([len(records), int(records.num_characters.sum())])]
+
+
+def what_is_there(records: int) -> Outputs:
+    return [torch.tensor([records, sets.characters(records)])]
+
+
+class Held:
+    """Work of a process of its own: what it holds more once a set is open, in bytes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __call__(self) -> dict[str, int]:
+        gc.collect()
+        before = resident_bytes()
+        records = open_records(self.path)
+        assert len(records)
+        gc.collect()
+        return {"resident_bytes": max(resident_bytes() - before, MIB)}  # less is chance
+
+
+def resident_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+
+
+def opening_case(kind: str, file: Callable[[int], Path], records: int, grows: Grows) -> Case:
+    return data_case(
+        f"opening {kind} by records",
+        lambda: file(records),
+        opened,
+        lambda path: what_is_there(records),
+        records,
+        grows,
+        more=lambda run, path: alone(Held(path)),
+        rounds=3 if kind == "JSON" else ROUNDS,
+    )
+
+
+def packed_case(records: int) -> Case:
+    held = (0, "the index is mapped; less than 1 MiB counts as 1")
+    return opening_case("packed shards", sets.packed_folder, records, {
+        "us": (1, "the index is hashed"), "resident_bytes": held,
+    })  # fmt: skip
+
+
+def json_case(records: int) -> Case:
+    reason = 1, "each record is parsed and kept"
+    return opening_case("JSON", sets.json_file, records, {"us": reason, "resident_bytes": reason})
+
+
+def access_case(records: int) -> Case:
+    places = np.random.default_rng(SEED).integers(0, records, ACCESSES).tolist()
+    return data_case(
+        f"{ACCESSES} packed records at random by records",
+        lambda: open_records(sets.packed_folder(records)),
+        lambda opened: [torch.tensor([int(opened[place].id) for place in places])],
+        lambda opened: [torch.tensor(places)],
+        records,
+        {"us": (0, "the index says where each lies")},
+        items=ACCESSES,
+    )
+
+
+def order_case(kind: Any, records: int) -> Case:
+    def make() -> Order:
+        random = np.random.default_rng(SEED)
+        return Order(records, 128, SEED, kind, random.integers(20, 2048, records), random.random(records) > 0.06)
+
+    return data_case(
+        f"an epoch's order, {kind}, by records",
+        make,
+        lambda order: [torch.from_numpy(order.epoch(3))],
+        lambda order: [torch.arange(records)],
+        records,
+        {"us": (1, "each record has its place")},
+        finish=lambda order, outputs: [outputs[0].sort().values],
+    )
+
+
+def resume_case(epochs: int) -> Case:
+    order = Order(OF_EPOCHS, 128, SEED)
+    first = epochs * order.steps_per_epoch + 17
+    return data_case(
+        "the place of a resumed run by epochs",
+        lambda: order,
+        lambda order: [torch.from_numpy(next(order.steps(first, first + 1)).copy())],
+        lambda order: [torch.from_numpy(order.epoch(epochs)[17 * 128 : 18 * 128].copy())],
+        epochs,
+        {"us": (0, "the order is computed from seed and epoch")},
+        items=128,
+        what="epochs",
+    )
+
+
+class Cutting(NamedTuple):
+    scores: Path
+    out: Path
+
+
+def cut(made: Cutting) -> Outputs:
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = cli.main(["levels", str(made.scores), "--out", str(made.out)])
+    assert status == 0
+    return []
+
+
+def levels_in_order(made: Cutting, outputs: Outputs) -> Outputs:
+    """Pairs of each level, of 1000, and how many levels reach below the one before or miss a score they should have."""
+    table = pyarrow.parquet.read_table(made.out)
+    scores = table["score"].to_numpy()
+    levels = table["level"].fill_null(SET_ASIDE).to_numpy()
+    ends = [(scores[levels == level].min(), scores[levels == level].max()) for level in range(8)]
+    wrong = sum(high > low for (_, high), (low, _) in itertools.pairwise(ends))
+    wrong += int(((levels == SET_ASIDE) != np.isnan(scores)).sum())
+    counts = np.bincount(levels[levels != SET_ASIDE], minlength=8)
+    return [torch.from_numpy(counts / counts.sum()), torch.tensor([float(wrong)])]
+
+
+def levels_case(records: int) -> Case:
+    return data_case(
+        "aligngpt levels by records",
+        lambda: Cutting(sets.scores_folder(records), sets.scores_folder(records).with_name(f"{records}.parquet")),
+        cut,
+        lambda made: [torch.full((8,), 1 / 8, dtype=torch.float64), torch.zeros(1)],
+        records,
+        {"us": (1, "each score is read")},
+        finish=levels_in_order,
+        floors=(0.02, 0.0),  # of equal scores, all go to one level
+    )
+
+
+@cache
+def reader() -> Any:
+    return lengths.processor(sets.WORDS[1], scale=1, image_size=16, template="chat")
+
+
+def planning_case(records: int) -> Case:
+    def make() -> Samples:
+        opened = open_records(sets.packed_folder(records))
+        return Samples(opened, reader(), levels=None, num_levels=8, seed=SEED, cut=Cut(token_budget=16384))
+
+    def true(samples: Samples) -> Outputs:
+        texts = [reader().text(record) for record in samples.records[:PLANNED]]
+        return [torch.tensor([len(text.input_ids) for text in texts], dtype=torch.float64)]
+
+    return data_case(
+        "planning the lengths by records",
+        make,
+        lambda samples: [torch.from_numpy(sample_lengths(samples).tokens[:PLANNED]).double()],
+        true,
+        records,
+        {"us": (1, "each record has a length")},
+        floors=(0.02,),
+        rounds=3,
+    )
+
+
+class Packing(NamedTuple):
+    source: Source
+    folder: tempfile.TemporaryDirectory[str]
+
+    @property
+    def out(self) -> Path:
+        return Path(self.folder.name, "packed")
+
+
+def packing_case(records: int) -> Case:
+    def run(made: Packing) -> Outputs:
+        shutil.rmtree(made.out, ignore_errors=True)
+        assert not pack(made.source, made.out, records_per_shard=1000)
+        return []
+
+    return data_case(
+        "packing by records",
+        lambda: Packing(read_source(sets.json_file(records)), tempfile.TemporaryDirectory()),
+        run,
+        lambda made: what_is_there(records),
+        records,
+        {"us": (1, "each record is written")},
+        finish=lambda made, outputs: opened(made.out),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ cases and tests
+
+
+def model_cases(
+    size: Size, dtype: torch.dtype, powers: range, tokens: Sequence[int], cached: Sequence[int], answers: Sequence[int]
+) -> list[Case]:
+    """powers: of two, by which samples, images and prompts grow."""
+    return [
+        *(step_case(size, dtype, BASE << power) for power in powers),
+        *(sequence_case(size, dtype, count, None) for count in tokens),
+        *(sequence_case(size, dtype, count, EACH) for count in tokens),
+        *(images_case(size, dtype, 1 << power) for power in powers),
+        *(decode_case(size, dtype, count, 2 * EACH, by_answers=True) for count in answers),
+        *(decode_case(size, dtype, 8, count, by_answers=False) for count in cached),
+        *(prefill_case(size, dtype, 1 << power, EACH) for power in powers),
+    ]
+
+
+def data_cases(few: Sequence[int], records: Sequence[int], many: Sequence[int], epochs: Sequence[int]) -> list[Case]:
+    """few: records that are parsed one by one; many: those that need no files of records."""
+    return [
+        *map(packed_case, records),
+        *map(access_case, records),
+        *map(planning_case, records),
+        *(order_case(kind, count) for kind in ("shuffle", "grouped") for count in many),
+        *map(levels_case, many),
+        *map(resume_case, epochs),
+        *map(json_case, few),
+        *map(packing_case, few),
+    ]
+
+
+VOCABULARIES = (8192, 16384, 32000, 64000, 128256)
+
+
+def cases() -> list[Case]:
+    size, dtype = LLAMA_7B._replace(layers=2), torch.bfloat16
+    tokens = [128 << power for power in range(5)]
+    return [
+        *model_cases(size, dtype, range(5), tokens, [256, 512, 1024, 1536], [4, 8, 16, 32, 64]),
+        *vocabulary_cases(VOCABULARIES, dtype, rows=4096, width=4096, image_rows=576, features=1024),
+    ]
+
+
+def host_cases(records: Sequence[int], few: Sequence[int]) -> list[Case]:
+    size, dtype = SMALLEST, torch.float32
+    tokens = [128 << power for power in range(5)]
+    return [
+        *model_cases(size, dtype, range(4), tokens, [256, 512, 1024, 1536], [4, 8, 16, 32]),
+        *vocabulary_cases(VOCABULARIES[:4], dtype, rows=512, width=64, image_rows=64, features=64),
+        *data_cases(few, records, [*records, 10 * records[-1]], [1, 10, 100, 1000]),
+        *(world_case(size, 16, processes) for processes in (1, 2, 4)),
+    ]
+
+
+def cpu_cases() -> list[Case]:
+    return host_cases([1000, 10_000, 30_000, 100_000], [300, 1000, 3000, 10_000])
+
+
+def full_cases() -> list[Case]:
+    """With a million records of every kind: 1.4 GB of temporary files, 3 GB of memory, minutes."""
+    records = [1000, 10_000, 100_000, 1_000_000]
+    return host_cases(records, records)
+
+
+def small_cases() -> list[Case]:
+    size, dtype = SMALLEST._replace(layers=1), torch.float32
+    return [
+        *model_cases(size, dtype, range(2), [128, 256], [64, 128], [2, 4]),
+        *vocabulary_cases((500, 1000), dtype, rows=128, width=32, image_rows=16, features=32),
+        *data_cases([100, 300], [1000, 3000], [1000, 3000], [1, 10]),
+        *(world_case(size, 4, processes) for processes in (1, 2)),
+    ]
+
+
+def test_scaling(in_turns: Callable[[Case], None], case: Case) -> None:
+    in_turns(case)

@@ -1,4 +1,4 @@
-"""The pictures of docs/performance.md: roofline, stages of a whole, ours against peers.
+"""The pictures of docs/performance.md: roofline, stages of a whole, ours against peers, growth of cost.
 
 SVG files that are the same whenever the numbers are: no date, no random ids, no fonts inside. Their colours change with
 the reader's dark or light theme. What is drawn comes from `benchmarks.readings`; nothing is computed here but places.
@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from benchmarks.fit import FASTER as TOO_FAST
+from benchmarks.fit import Sweep
 from benchmarks.readings import Breakdown
 from benchmarks.stages import TABLE
 
@@ -40,7 +42,7 @@ def color(stage: str) -> str:
 def marker(stage: str) -> str:
     """Another one where colours begin anew."""
     rows = list(TABLE)
-    return "os"[rows.index(stage) // len(HUES)] if stage in rows else "x"
+    return "os^D"[rows.index(stage) // len(HUES)] if stage in rows else "x"
 
 
 def roofline(points: Sequence[Point], bytes_per_second: float, flops_per_second: float, title: str) -> "Figure":
@@ -121,6 +123,28 @@ def peers(ratios: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> "F
     return figure
 
 
+def scaling(sweeps: Sequence[Sweep], title: str) -> "Figure":
+    """Of each sweep its points, and a line of what it may grow to from the first of them."""
+    columns = 3
+    rows = -(-len(sweeps) // columns)
+    figure, first = _empty(0.8 + 2.1 * rows, "")
+    first.remove()
+    figure.suptitle(title, x=0.02, ha="left", color=INK, weight="bold", size=11)
+    for place, sweep in enumerate(sweeps):
+        axes = figure.add_subplot(rows, columns, place + 1, facecolor=PAPER)
+        _plain(axes)
+        name = f"{sweep.prefix.removeprefix('scaling: ')}: {sweep.what}"
+        axes.set_title(_wrapped(f"{name}, {sweep.unit}", 40), color=INK, loc="left", size=8)
+        if sweep.points:
+            xs, costs = [point.x for point in sweep.points], [point.seconds for point in sweep.points]
+            axes.loglog(xs, [costs[0] * (x / xs[0]) ** sweep.at_most for x in xs], "--", color=OTHER, linewidth=1)
+            axes.vlines(xs, [point.low for point in sweep.points], [point.high for point in sweep.points], color=OTHER)
+            axes.loglog(xs, costs, "o-", color=SLOWER if sweep.verdict == TOO_FAST else FASTER, markersize=4)
+            said = f"power {sweep.exponent:.2f}, at most {sweep.at_most:g}"
+            axes.text(0.04, 0.9, said, transform=axes.transAxes, size=8, color=INK)
+    return figure
+
+
 def save(figure: "Figure", path: Path) -> None:
     """As SVG, whose colours follow the reader's theme."""
     import matplotlib
@@ -148,6 +172,11 @@ def _empty(height: float, title: str) -> "tuple[Figure, Axes]":
     figure = Figure(figsize=(WIDTH, height), facecolor=PAPER, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12))
     axes = figure.add_subplot(facecolor=PAPER)
     axes.set_title(title, color=INK, loc="left", fontproperties=FontProperties(weight="bold", size=11))
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: "Axes") -> None:
     axes.tick_params(colors=INK, labelsize=9, which="both", length=2)
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
@@ -156,7 +185,6 @@ def _empty(height: float, title: str) -> "tuple[Figure, Axes]":
         spine.set_visible(side in ("left", "bottom"))
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _legend(axes: "Axes") -> None:

@@ -41,6 +41,7 @@ def _auto(direction: str) -> Claim:
 
 
 LOSS, PICTURES, STEP = "loss with backward, V 32,000", "answers to 48 pictures at 7B", "training step, lengths of 665K"
+TINY = "answers to 16 pictures by a tiny model"
 CLAIMS = [
     *_inject(GPU, "packed"),
     *(claim._replace(text="the same by the clock, host included", field="wall_us") for claim in _inject(GPU, "packed")),
@@ -61,6 +62,8 @@ CLAIMS = [
     Claim(PICTURES, GPU, "generate images", "generate, all at once", shown_as="`generate` on the whole batch"),
     Claim("one answer at 7B", GPU, "generate one", "", field="new_tokens_per_second", shown_as="tokens a second"),
     Claim("one answer at 7B", GPU, "generate one", "generate", shown_as="`generate`"),
+    Claim("one answer at 7B", GPU, "generate one", "", field="first_tokens_ms", shown_as="ms to the first token"),
+    Claim("`aligngpt eval` at 7B", GPU, "evaluation", "generate, one at a time", shown_as="`generate`, one at a time"),
     Claim("training step of stage 1 at 7B", GPU, "step at 7B shapes, pretrain", "", "none", "mfu", shown_as="MFU"),
     Claim("training step of stage 2 at 7B", GPU, "step at 7B shapes, finetune", "", "", "mfu", shown_as="MFU"),
     *_inject(CPU, "equal"),
@@ -69,6 +72,20 @@ CLAIMS = [
     *(
         Claim(f"training step of {named}", CPU, f"step beside a plain loop, {stage}", "plain loop")
         for named, stage in (("stage 1", "pretrain"), ("stage 2", "finetune"))
+    ),
+    Claim("forward of packed samples", CPU, "llava forward", "transformers Llava", shown_as="transformers' Llava"),
+    Claim(TINY, CPU, "generate images", "generate, all at once", shown_as="`generate` on the whole batch"),
+    Claim(TINY, CPU, "generate images", "generate, one at a time", shown_as="`generate`, one at a time"),
+    Claim("one answer of a tiny model", CPU, "generate one", "generate", shown_as="`generate`"),
+    Claim(
+        "the same with compiled steps", CPU, "generate one", "generate", ours="ours, compiled", shown_as="`generate`"
+    ),
+    Claim(
+        "`aligngpt eval`, tiny model",
+        CPU,
+        "evaluation",
+        "generate, one at a time",
+        shown_as="`generate`, one at a time",
     ),
 ]
 

@@ -5,7 +5,9 @@ holds: what was not measured has a dash, who has no time has the sentence that s
 """
 
 import argparse
+import math
 import re
+import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -14,6 +16,7 @@ from typing import Any
 
 from benchmarks import readings
 from benchmarks.claims import number, tables, times
+from benchmarks.fit import FASTER, Sweep, sweeps
 from benchmarks.readings import (
     PLAN,
     Breakdown,
@@ -99,7 +102,12 @@ def sections(slug: str, content: Content) -> Iterator[str]:
     yield from peer_tables(content)
     if is_gpu(content):
         yield requirements_table(content)
+    if found := growths(content):
+        yield "### How cost grows\n"
+        yield chart(slug, "scaling", f"{len(found)} sweeps: cost of each point beside what it may grow to")
+        yield scaling_table(found)
     yield plan_table(content)
+    yield checks_table(content)
 
 
 def heading(content: Content) -> str:
@@ -167,12 +175,17 @@ def work(record: Record) -> float:
 def stage_table(content: Content) -> str:
     """The largest case of each group, by stage."""
     rows = []
-    found = [item for item in cases(content).items() if stage_of(item[1]) != PLAN and not is_whole(item[1])]
+    found = [item for item in cases(content).items() if is_single(item[1]) and not is_whole(item[1])]
     for (stage, _), of in groupby(found, key=lambda item: (stage_of(item[1]), item[1].get("group") or "")):
         case, record = max(of, key=lambda item: work(item[1]))
         rows.append([stage, case + OLD * is_old(record, content), *of_ours(record), against(record)])
     head = "stage", "case", "time", "done", "bytes", "FLOPs", "of the ceiling", "memory", "waits", "times as fast as"
     return f"### Stages\n\nOf each group of cases that of most work.\n\n{table(head, rows)}" if rows else ""
+
+
+def is_single(record: Record) -> bool:
+    """Whether it stands for itself, and not for a point of a curve or a prediction."""
+    return stage_of(record) != PLAN and not record.get("sweep")
 
 
 def is_whole(record: Record) -> bool:
@@ -263,7 +276,7 @@ def spread(content: Content) -> dict[str, dict[str, list[float]]]:
     for record in cases(content).values():
         for name in peers(record):
             of = ratio(record, name)
-            if of is not None and stage_of(record) != PLAN:
+            if of is not None and is_single(record):
                 found.setdefault(record.get("group") or stage_of(record), {}).setdefault(name, []).append(of.median)
     return found
 
@@ -271,7 +284,7 @@ def spread(content: Content) -> dict[str, dict[str, list[float]]]:
 def peer_tables(content: Content) -> Iterator[str]:
     """By stage, every contender of every case: one that has no time says why."""
     head = "case", "contender", "time", "quartiles", "times as fast", "error", "memory"
-    found = [item for item in cases(content).items() if stage_of(item[1]) != PLAN and len(item[1]["contenders"]) > 1]
+    found = [item for item in cases(content).items() if is_single(item[1]) and len(item[1]["contenders"]) > 1]
     for stage, of in groupby(found, key=lambda item: stage_of(item[1])):
         rows, number_of_cases = [], 0
         for case, record in of:
@@ -319,6 +332,44 @@ def requirements_table(content: Content) -> str:
     return f"### Requirements\n\nThey are stated for an H100; each takes the worst of its cases.\n\n{table(head, rows)}"
 
 
+def growths(content: Content) -> list[Sweep]:
+    return sweeps({"cases": cases(content)})
+
+
+def scaling_table(found: Sequence[Sweep]) -> str:
+    """Each sweep with its points and its exponent beside what it may be."""
+    rows = []
+    for sweep in found:
+        cost = [f"{amount(point.x, '')}: {cost_said(point.seconds, sweep.unit)}" for point in sweep.points]
+        power = "—" if math.isnan(sweep.exponent) else f"{sweep.exponent:.2f} ({sweep.low:.2f} to {sweep.high:.2f})"
+        verdict = f"**{sweep.verdict}**" if sweep.verdict == FASTER else sweep.verdict
+        said = [verdict, *(f"without {name}: {why}" for name, why in sweep.left_out.items())]
+        about = [sweep.prefix.removeprefix("scaling: "), sweep.what, ", ".join(cost)]
+        rows.append([*about, power, f"{sweep.at_most:g}", sweep.because, "; ".join(said).replace("|", "\\|")])
+    head = "sweep", "of", "cost", "exponent", "at most", "because", "verdict"
+    return (
+        "A cost is a fixed part and one that grows as a power of what is swept; fitted is the power, with 90 % of the "
+        f"fits to points drawn anew within their quartiles.\n\n{table(head, rows)}"
+    )
+
+
+def cost_said(cost: float, unit: str) -> str:
+    return duration(cost * 1e6) if unit == "s" else amount(cost, "B" if "bytes" in unit else unit)
+
+
+def checks_table(content: Content) -> str:
+    """Which ratios `benchmarks.check` holds this kind of machine to."""
+    rows = []
+    for case, kept in content.get("checks", {}).items():
+        ratios = {name: of for name, of in kept.items() if isinstance(of, Mapping)}
+        steady = [f"{name} {times(statistics.median(of['ratios']))}" for name, of in ratios.items() if of["stable"]]
+        exact = [f"{name} {kept[name]}" for name in kept if name not in ratios]
+        unsteady = [name for name, of in ratios.items() if not of["stable"]]
+        rows.append([case, ", ".join([*steady, *exact]) or "—", ", ".join(unsteady) or "—"])
+    head = "case", "checked: times as fast as", "not steady enough"
+    return f"### What `make bench-check` holds this kind of machine to\n\n{table(head, rows)}" if rows else ""
+
+
 def plan_table(content: Content) -> str:
     """What the plan of a run predicted, beside what was measured."""
     rows = []
@@ -336,7 +387,7 @@ def points(content: Content) -> list[tuple[str, float, float, float]]:
     found = []
     for record in cases(content).values():
         numbers = record["contenders"].get(our_name(record) or "", {})
-        if "us" in numbers and work(record) and record.get("ceilings") and stage_of(record) != PLAN:
+        if "us" in numbers and work(record) and record.get("ceilings") and is_single(record):
             found.append((stage_of(record), record["flops"], record["bytes"], numbers["us"] * 1e-6))
     return found
 
@@ -353,6 +404,8 @@ def draw(slug: str, content: Content, folder: Path) -> None:
         charts.save(charts.stages(wholes, f"{device}: where the time goes"), folder / f"{slug}-stages.svg")
     if spread(content):
         charts.save(charts.peers(spread(content), f"{device}: ours against peers"), folder / f"{slug}-peers.svg")
+    if found := growths(content):
+        charts.save(charts.scaling(found, f"{device}: how cost grows"), folder / f"{slug}-scaling.svg")
 
 
 def fill(text: str, block: str) -> str:

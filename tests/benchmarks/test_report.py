@@ -26,6 +26,11 @@ def peer(us: float, ratio: float) -> dict[str, Any]:
     return timed(us, ratio={"median": ratio, "low": ratio * 0.95, "high": ratio * 1.05})
 
 
+def swept(what: str, x: int, us: float) -> dict[str, Any]:
+    ours = timed(us, grows={"us": [1, "each row is read"]}) | {"quartiles_us": [us, us]}
+    return record("loss", {"ours": ours}, group="scaling", sweep=[what, x], bytes=1e9)
+
+
 STEP = {
     "whole_us": 1000.0,
     "stages": [
@@ -39,6 +44,13 @@ CONTENT = {
     "capability": "sm_90",
     "versions": {"torch": "2.13", "apex": "not installed"},
     "codes": {"bench": "new"},
+    "checks": {
+        "a gate": {
+            "slow peer": {"ratios": [2.4, 2.5, 2.6], "stable": True},
+            "fast peer": {"ratios": [0.7, 0.8, 0.9], "stable": False},
+            "syncs": 0,
+        }
+    },
     "cases": {
         "stages of a step": record("training step", {"ours": timed(1000.0, **STEP)}),
         "a small gate": record("gate", {"ours": timed(1.0), "peer": peer(3.0, 3.0)}, bytes=10),
@@ -56,6 +68,8 @@ CONTENT = {
         "an old loss": record("loss", {"ours": timed(10.0), "peer": peer(20.0, 2.0)}, code="older"),
         "not through": record("loss", {"ours": timed(10.0)}, finished=False),
         "a plan": record("plan", {"ours": timed(200.0, predicted_us=210.0)}),
+        **{f"scaling: rows, {n}": swept("rows", n, 10.0 * n) for n in (1, 2, 4, 8)},
+        **{f"scaling: pairs, {n}": swept("pairs", n, 10.0 * n * n) for n in (1, 2, 4, 8)},
         "broken": record("optimizer", {"ours": {"wrong": "result 0 is off"}, "peer": timed(5.0)}),
     },
 }  # fmt: skip
@@ -121,6 +135,21 @@ def test_a_plan_stands_beside_what_was_measured(page):
     assert rows(page, "a plan") == [["a plan", "210 µs", "200 µs", "+5.0%"]]
 
 
+def test_growth_stands_beside_what_is_allowed(page):
+    (line,) = rows(page, "rows")
+    assert line[1:3] == ["rows", "1: 10.0 µs, 2: 20.0 µs, 4: 40.0 µs, 8: 80.0 µs"]
+    assert line[3].startswith("1.00 (")
+    assert line[4:] == ["1", "each row is read", "as it must"]
+    (line,) = rows(page, "pairs")
+    assert line[3].startswith("2.00 (")
+    assert line[-1] == "**faster than it must**"
+    assert "scaling: " not in page.partition("### Ours against peers")[0]  # a point of a curve is no row of the stages
+
+
+def test_what_is_checked_is_said(page):
+    assert rows(page, "a gate")[-1] == ["a gate", "slow peer 2.50, syncs 0", "fast peer"]
+
+
 def test_a_file_of_older_benchmarks_is_read(tmp_path):
     page = report.page({"old": OLD})
     assert rows(page, "decode step")[0][-1] == "SDPA 1.50"
@@ -133,7 +162,7 @@ def test_charts_are_the_same_whenever_the_numbers_are(tmp_path):
     for folder in (tmp_path / "a", tmp_path / "b"):
         report.draw("chip", CONTENT, folder)
     drawn = sorted(file.name for file in (tmp_path / "a").iterdir())
-    assert drawn == ["chip-peers.svg", "chip-roofline.svg", "chip-stages.svg"]
+    assert drawn == [f"chip-{kind}.svg" for kind in ("peers", "roofline", "scaling", "stages")]
     for name in drawn:
         text = (tmp_path / "a" / name).read_text(encoding="utf-8")
         assert text == (tmp_path / "b" / name).read_text(encoding="utf-8")
@@ -181,7 +210,7 @@ def test_a_page_typed_by_hand_is_found(tmp_path):
     for path, text in report.texts({"chip": CONTENT}, tmp_path).items():
         path.write_text(text, encoding="utf-8")
     (tmp_path / report.CHARTS).mkdir()
-    for kind in ("roofline", "stages", "peers"):
+    for kind in ("roofline", "stages", "peers", "scaling"):
         (tmp_path / report.CHARTS / f"chip-{kind}.svg").touch()
     assert report.differences({"chip": CONTENT}, tmp_path) == []
 

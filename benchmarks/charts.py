@@ -125,6 +125,8 @@ def peers(ratios: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> "F
 
 def scaling(sweeps: Sequence[Sweep], title: str) -> "Figure":
     """Of each sweep its points, and a line of what it may grow to from the first of them."""
+    from matplotlib.ticker import NullFormatter
+
     columns = 3
     rows = -(-len(sweeps) // columns)
     figure, first = _empty(0.8 + 2.1 * rows, "")
@@ -141,6 +143,9 @@ def scaling(sweeps: Sequence[Sweep], title: str) -> "Figure":
             axes.vlines(xs, [point.low for point in sweep.points], [point.high for point in sweep.points], color=OTHER)
             axes.loglog(xs, costs, "o-", color=SLOWER if sweep.verdict == TOO_FAST else FASTER, markersize=4)
             said = f"power {sweep.exponent:.2f}, at most {sweep.at_most:g}"
+            axes.set_xticks([xs[0], xs[-1]], [f"{x:g}" for x in (xs[0], xs[-1])])
+            axes.set_xticks([], minor=True)
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.text(0.04, 0.9, said, transform=axes.transAxes, size=8, color=INK)
     return figure
 

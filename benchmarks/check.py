@@ -40,7 +40,7 @@ SHORT_US = 100e3  # a call of ours, for enough rounds in a second
 STEADY = 0.05  # of the median, from it to the farthest sitting
 LEAST = 0.9  # of the recorded ratio
 SECONDS, LONGER = 1.0, (2.0, 4.0)  # of timing; and again, of those that look fallen
-BUDGET_SECONDS = 50  # after which no further case is begun
+RECORDED_SECONDS, BUDGET_SECONDS = 40, 55  # of the cases that are recorded; after which no further one is begun
 KEPT = ("syncs", "peak_bytes")
 
 Measure = Callable[[Case, float], Mapping[str, Any]]  # a record of each contender, after so many seconds of timing
@@ -148,9 +148,10 @@ def check(
 
 
 def sitting(cases: Sequence[Case], measure: Measure, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """By case the ratio of each contender, and what is kept of ours; long cases are named and left out."""
+    """By case its seconds, the ratio of each contender, and what is kept of ours; long cases are named and left out."""
     results: dict[str, Any] = {}
     for case in cases:
+        started = time.monotonic()
         contenders = measure(case, SECONDS)
         name = our_name({"contenders": contenders}) or "ours"
         ours = contenders.get(name, {})
@@ -162,29 +163,41 @@ def sitting(cases: Sequence[Case], measure: Measure, say: Callable[[str], None] 
             others = {peer: numbers for peer, numbers in contenders.items() if not peer.startswith("ours")}
             ratios = {peer: numbers["ratio"]["median"] for peer, numbers in others.items() if "ratio" in numbers}
             results[case.name] = ratios | {kept: ours[kept] for kept in KEPT if ours.get(kept) is not None}
+            results[case.name]["seconds"] = time.monotonic() - started
     return results
 
 
-def merged(sittings: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """The "checks" of a results file: what every sitting found."""
+def merged(sittings: Sequence[Mapping[str, Mapping[str, Any]]], say: Callable[[str], None] = print) -> dict[str, Any]:
+    """The "checks" of a results file: what every sitting found, shortest cases first, until their time is used up."""
+    found = {case: [one[case] for one in sittings if case in one] for case in sittings[0]}
+    seconds = {case: statistics.median(one["seconds"] for one in of) for case, of in found.items()}
     checks: dict[str, Any] = {}
-    for case in sittings[0]:
-        found = [one[case] for one in sittings if case in one]
-        if len(found) < len(sittings):
+    left = RECORDED_SECONDS
+    for case in sorted(found, key=lambda case: seconds[case]):
+        if len(found[case]) < len(sittings):
+            say(f"{case}: left out, not every sitting could time it")
             continue
-        checks[case] = {}
-        for name in found[0]:
-            values = [one[name] for one in found if name in one]
-            if len(values) < len(sittings):
+        kept = {name: agreed(name, [one.get(name) for one in found[case]]) for name in found[case][0]}
+        kept = {name: of for name, of in kept.items() if of is not None}
+        if any(not isinstance(of, Mapping) or of["stable"] for of in kept.values()):
+            left -= seconds[case]
+            if left < 0:
+                say(f"{case}: left out, the cases before it take {RECORDED_SECONDS} seconds")
                 continue
-            if name in KEPT:
-                if len(set(values)) == 1:
-                    checks[case][name] = values[0]
-                continue
-            median = statistics.median(values)
-            stable = all(abs(value / median - 1) <= STEADY for value in values)
-            checks[case][name] = {"ratios": [round(value, 4) for value in values], "stable": stable}
+        checks[case] = kept
     return {case: kept for case, kept in checks.items() if kept}
+
+
+def agreed(name: str, values: Sequence[float | None]) -> Any:
+    """What is recorded of one number of every sitting; None where one lacks it, or what must be equal is not."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or name == "seconds":
+        return None
+    if name in KEPT:
+        return known[0] if len(set(known)) == 1 else None
+    median = statistics.median(known)
+    stable = all(abs(value / median - 1) <= STEADY for value in known)
+    return {"ratios": [round(value, 4) for value in known], "stable": stable}
 
 
 def sit(file: Path) -> None:

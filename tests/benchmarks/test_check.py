@@ -121,11 +121,20 @@ def test_waits_and_bytes_may_not_grow():
 
 def test_what_sittings_agree_on_is_stable():
     sittings = [
-        {"a": {"steady": 2.0 + wobble, "jumping": 2.0 + 3 * wobble, "syncs": 0, "peak_bytes": n}, "b": {"peer": 1.0}}
+        {
+            "long": {"seconds": 31.0, "peer": 3.0},
+            "a": {"seconds": 10.0, "steady": 2.0 + wobble, "jumping": 2.0 + 3 * wobble, "syncs": 0, "peak_bytes": n},
+            "b": {"seconds": 1.0, "peer": 1.0},
+        }
         for n, wobble in enumerate((0.0, 0.08, -0.08))
     ]
     del sittings[2]["b"]
-    found = check.merged(sittings)
+    said: list[str] = []
+    found = check.merged(sittings, said.append)
+    assert said == [
+        "b: left out, not every sitting could time it",
+        "long: left out, the cases before it take 40 seconds",
+    ]
     assert found == {
         "a": {
             "steady": {"ratios": [2.0, 2.08, 1.92], "stable": True},
@@ -141,13 +150,14 @@ def test_a_sitting_leaves_out_what_takes_long():
     slow = {"ours": {"us": 2e5}, "peer": {"us": 4e5, "ratio": {"median": 2.0}}}
     records = [contenders([2.0, 2.0, 2.0], syncs=0), slow, {"ours": {"wrong": "off"}}]
     said: list[str] = []
-    assert check.sitting(cases, Measured(*records), said.append) == {"short": {"peer": 2.0, "syncs": 0}}
+    found = check.sitting(cases, Measured(*records), said.append)
+    assert found == {"short": {"peer": 2.0, "syncs": 0, "seconds": pytest.approx(0, abs=10)}}
     assert said == ["long: left out, a call takes 200 ms", "wrong: left out, wrong: off"]
 
 
 def test_sittings_are_recorded_and_what_was_recorded_elsewhere_is_not_checked(tmp_path, monkeypatch, capsys):
     """`--record`, then a fall on that device, then another device."""
-    found = json.dumps({"a case": {"peer": 2.0, "syncs": 0}})
+    found = json.dumps({"a case": {"seconds": 1.0, "peer": 2.0, "syncs": 0}})
     monkeypatch.setattr(check, "sit", lambda file: file.write_text(found, encoding="utf-8"))
     monkeypatch.setattr(check, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(check, "device_name", lambda: "a machine, 2 threads")

@@ -50,6 +50,8 @@ class Breakdown(NamedTuple):
     whole_us: float
     parts: list[Part]
     rest: list[Part]  # what is no stage, by name
+    peak_bytes: float | None = None  # of the whole
+    syncs: float | None = None
 
     @property
     def sum_us(self) -> float:
@@ -133,7 +135,8 @@ def breakdowns(content: Content) -> Iterator[Breakdown]:
         if "stages" in found:
             parts = [Part(part["stage"], part["us"], part) for part in found["stages"]]
             rest = [Part(name, us, {}) for name, us in found.get("rest", {}).items()]
-            yield Breakdown(case, found["whole_us"], parts, rest)
+            numbers = found.get("whole_peak_bytes"), found.get("whole_syncs")
+            yield Breakdown(case, found["whole_us"], parts, rest, *numbers)
         elif "stages_ms" in found:
             timed = [Part(name, ms * 1e3, {}) for name, ms in found["stages_ms"].items() if ms]
             parts = [part for part in timed if part.name in TABLE]

@@ -263,7 +263,8 @@ def breakdown_table(whole: Breakdown, content: Content) -> str:
     rows = [row(part) for part in whole.parts]
     rows.append(["*sum of the stages*", duration(whole.sum_us), of_whole(whole.sum_us), *empty])
     rows += [[f"rest: {part.name}", duration(part.us), of_whole(part.us), *empty] for part in whole.rest]
-    rows.append(["**the whole**", duration(whole.whole_us), "100 %", *empty])
+    waited = "—" if whole.syncs is None else f"{whole.syncs:g}"
+    rows.append(["**the whole**", duration(whole.whole_us), "100 %", *empty[:4], amount(whole.peak_bytes, "B"), waited])
     head = ["stage", "time", "of the whole", "done", "bytes", "FLOPs", "of the ceiling", "memory", "waits"]
     if all(row[3:] == empty for row in rows):
         head, rows = head[:3], [row[:3] for row in rows]
@@ -375,11 +376,12 @@ def plan_table(content: Content) -> str:
     rows = []
     for case, record in cases(content).items():
         found = record["contenders"].get(our_name(record) or "", {})
-        if stage_of(record) == PLAN and "predicted_us" in found and "us" in found:
-            off = found["predicted_us"] / found["us"] - 1
-            rows.append([case, duration(found["predicted_us"]), duration(found["us"]), f"{off:+.1%}"])
-    head = "case", "predicted", "measured", "off by"
-    return f"### What the plan predicts\n\n{table(head, rows)}" if rows else ""
+        if stage_of(record) == PLAN and "measured_us" in found:
+            predicted, measured = found["predicted_us"], found["measured_us"]
+            total = f"{found['total_error']:+.1%}" if "total_error" in found else "—"
+            rows.append([case, duration(predicted), duration(measured), f"{predicted / measured - 1:+.1%}", total])
+    head = "run", "a step, predicted", "measured", "off by", "all steps together"
+    return f"### What a plan predicts of a run\n\n{table(head, rows)}" if rows else ""
 
 
 def points(content: Content) -> list[tuple[str, float, float, float]]:

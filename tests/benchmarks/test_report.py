@@ -33,6 +33,8 @@ def swept(what: str, x: int, us: float) -> dict[str, Any]:
 
 STEP = {
     "whole_us": 1000.0,
+    "whole_peak_bytes": 3e6,
+    "whole_syncs": 4,
     "stages": [
         {"stage": "LLM forward", "us": 300.0, "items": 30, "unit": "tokens", "bytes": 1e5, "flops": 1e6, "syncs": 0},
         {"stage": "backward", "us": 600.0, "items": 30, "unit": "tokens", "bytes": 0, "flops": 3e6, "syncs": 2},
@@ -67,7 +69,7 @@ CONTENT = {
         ),
         "an old loss": record("loss", {"ours": timed(10.0), "peer": peer(20.0, 2.0)}, code="older"),
         "not through": record("loss", {"ours": timed(10.0)}, finished=False),
-        "a plan": record("plan", {"ours": timed(200.0, predicted_us=210.0)}),
+        "a plan": record("plan", {"ours": timed(5.0, predicted_us=210.0, measured_us=200.0, total_error=-0.02)}),
         **{f"scaling: rows, {n}": swept("rows", n, 10.0 * n) for n in (1, 2, 4, 8)},
         **{f"scaling: pairs, {n}": swept("pairs", n, 10.0 * n * n) for n in (1, 2, 4, 8)},
         "broken": record("optimizer", {"ours": {"wrong": "result 0 is off"}, "peer": timed(5.0)}),
@@ -128,11 +130,11 @@ def test_stages_of_a_step_stand_beside_the_whole(page):
     assert rows(page, "*sum of the stages*")[0][1:3] == ["900 µs", "90 %"]
     assert rows(page, "rest: between the stages")[0][1:3] == ["70.0 µs", "7 %"]
     assert rows(page, "rest: data wait")[0][1:3] == ["30.0 µs", "3 %"]
-    assert rows(page, "**the whole**")[0][1:3] == ["1.00 ms", "100 %"]
+    assert rows(page, "**the whole**")[0][1:] == ["1.00 ms", "100 %", "—", "—", "—", "—", "3.00 MB", "4"]
 
 
 def test_a_plan_stands_beside_what_was_measured(page):
-    assert rows(page, "a plan") == [["a plan", "210 µs", "200 µs", "+5.0%"]]
+    assert rows(page, "a plan") == [["a plan", "210 µs", "200 µs", "+5.0%", "-2.0%"]]
 
 
 def test_growth_stands_beside_what_is_allowed(page):

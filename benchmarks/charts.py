@@ -22,6 +22,8 @@ INK, FAINT, PAPER = "#1f2328", "#d0d7de", "#ffffff"
 DARK = {INK: "#e6edf3", FAINT: "#3d444d", PAPER: "#0d1117"}  # what these become where the reader's theme is dark
 FASTER, SLOWER, OTHER = "#2f81f7", "#d1453b", "#8b949e"
 HUES = ("#2f81f7", "#e3742f", "#2da44e", "#a371f7", "#d1453b", "#17a2b8", "#bf8700", "#e85aad", "#6e7fd1", "#7ea04d")
+TINTS = ("#9cc6ff", "#f3b98e", "#93d8a4", "#d6bcfa", "#eba39d", "#8fd6e0", "#e6c66f", "#f5b3d9", "#bcc5f2", "#c3d6a4")
+ON_HUE, ON_TINT = "#fffffe", "#1f2329"  # of writing there, which stays when the theme changes
 WIDTH = 9.0  # inches
 MOVES_ONLY = 2.0**-5  # FLOPs a byte at which work without arithmetic is drawn
 
@@ -36,13 +38,13 @@ class Point(NamedTuple):
 def color(stage: str) -> str:
     """Of a stage, the same in every chart."""
     rows = list(TABLE)
-    return HUES[rows.index(stage) % len(HUES)] if stage in rows else OTHER
+    colors = HUES + TINTS
+    return colors[rows.index(stage) % len(colors)] if stage in rows else OTHER
 
 
 def marker(stage: str) -> str:
-    """Another one where colours begin anew."""
-    rows = list(TABLE)
-    return "os^D"[rows.index(stage) // len(HUES)] if stage in rows else "x"
+    """Another one where colours are lighter."""
+    return "s" if color(stage) in TINTS else "o"
 
 
 def roofline(points: Sequence[Point], bytes_per_second: float, flops_per_second: float, title: str) -> "Figure":
@@ -85,7 +87,8 @@ def stages(wholes: Sequence[Breakdown], title: str) -> "Figure":
             axes.barh(row, share, left=left, color=hue, height=0.6, label=label, edgecolor=PAPER, linewidth=0.5)
             labelled.add(name)
             if share >= 6:
-                axes.text(left + share / 2, row, f"{share:.0f} %", ha="center", va="center", color="#fffffe")
+                ink = ON_TINT if hue in TINTS else ON_HUE
+                axes.text(left + share / 2, row, f"{share:.0f} %", ha="center", va="center", color=ink)
             left += share
     axes.set_yticks(range(len(wholes)), [_wrapped(whole.case) for whole in wholes])
     axes.invert_yaxis()
@@ -127,6 +130,7 @@ def scaling(sweeps: Sequence[Sweep], title: str) -> "Figure":
     """Of each sweep its points, and a line of what it may grow to from the first of them."""
     from matplotlib.ticker import NullFormatter
 
+    sweeps = [sweep for sweep in sweeps if len({point.x for point in sweep.points}) > 1]
     columns = 3
     rows = -(-len(sweeps) // columns)
     figure, first = _empty(0.8 + 2.1 * rows, "")
@@ -137,16 +141,15 @@ def scaling(sweeps: Sequence[Sweep], title: str) -> "Figure":
         _plain(axes)
         name = f"{sweep.prefix.removeprefix('scaling: ')}: {sweep.what}"
         axes.set_title(_wrapped(f"{name}, {sweep.unit}", 40), color=INK, loc="left", size=8)
-        if sweep.points:
-            xs, costs = [point.x for point in sweep.points], [point.seconds for point in sweep.points]
-            axes.loglog(xs, [costs[0] * (x / xs[0]) ** sweep.at_most for x in xs], "--", color=OTHER, linewidth=1)
-            axes.vlines(xs, [point.low for point in sweep.points], [point.high for point in sweep.points], color=OTHER)
-            axes.loglog(xs, costs, "o-", color=SLOWER if sweep.verdict == TOO_FAST else FASTER, markersize=4)
-            said = f"power {sweep.exponent:.2f}, at most {sweep.at_most:g}"
-            axes.set_xticks([xs[0], xs[-1]], [f"{x:g}" for x in (xs[0], xs[-1])])
-            axes.set_xticks([], minor=True)
-            axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.text(0.04, 0.9, said, transform=axes.transAxes, size=8, color=INK)
+        xs, costs = [point.x for point in sweep.points], [point.seconds for point in sweep.points]
+        axes.loglog(xs, [costs[0] * (x / xs[0]) ** sweep.at_most for x in xs], "--", color=OTHER, linewidth=1)
+        axes.vlines(xs, [point.low for point in sweep.points], [point.high for point in sweep.points], color=OTHER)
+        axes.loglog(xs, costs, "o-", color=SLOWER if sweep.verdict == TOO_FAST else FASTER, markersize=4)
+        axes.set_xticks([xs[0], xs[-1]], [f"{x:g}" for x in (xs[0], xs[-1])])
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        said = f"power {sweep.exponent:.2f}, at most {sweep.at_most:g}"
+        axes.text(0.04, 0.9, said, transform=axes.transAxes, size=8, color=INK)
     return figure
 
 

@@ -41,6 +41,7 @@ ROOT = Path(__file__).parents[1]
 PAGE, CHARTS = Path("docs/performance.md"), Path("docs/performance")
 OPENING, CLOSING = "<!-- numbers: written by python -m benchmarks.report -->", "<!-- end of numbers -->"
 OLD = " †"
+SCALING = "scaling"  # the group of cases that are points of a sweep and nothing else
 
 INTRODUCTION = """\
 # Performance
@@ -165,7 +166,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def rate(items: float | None, unit: str, us: float) -> str:
-    return amount(items / (us * 1e-6), f"{unit}/s") if items else "—"
+    return f"{amount(items / (us * 1e-6), '')} {unit}/s" if items else "—"
 
 
 def work(record: Record) -> float:
@@ -185,7 +186,7 @@ def stage_table(content: Content) -> str:
 
 def is_single(record: Record) -> bool:
     """Whether it stands for itself, and not for a point of a curve or a prediction."""
-    return stage_of(record) != PLAN and not record.get("sweep")
+    return stage_of(record) != PLAN and record.get("group") != SCALING
 
 
 def is_whole(record: Record) -> bool:
@@ -201,7 +202,7 @@ def of_ours(record: Record) -> list[str]:
     if "us" not in found:
         return [reason(found), "—", *counted, "—", "—", "—"]
     done = [rate(record.get("items"), record.get("unit", ""), found["us"])]
-    done = ([] if done == ["—"] else done) + more_of(found)
+    done = list(dict.fromkeys(([] if done == ["—"] else done) + more_of(found)))
     memory, waits = found.get("peak_bytes"), found.get("syncs", found.get("syncs_per_token"))
     return [
         duration(found["us"]),
@@ -287,18 +288,19 @@ def peer_tables(content: Content) -> Iterator[str]:
     head = "case", "contender", "time", "quartiles", "times as fast", "error", "memory"
     found = [item for item in cases(content).items() if is_single(item[1]) and len(item[1]["contenders"]) > 1]
     for stage, of in groupby(found, key=lambda item: stage_of(item[1])):
-        rows, number_of_cases = [], 0
+        rows: list[list[str]] = []
+        number_of_cases = 0
         for case, record in of:
             number_of_cases += 1
-            name_of_case = case + OLD * is_old(record, content)
+            first = len(rows)
             silent: dict[str, list[str]] = {}
             for name, numbers in record["contenders"].items():
                 if "us" in numbers:
-                    rows.append([name_of_case, name, *contender_cells(record, name, numbers)])
-                    name_of_case = ""
+                    rows.append(["", name, *contender_cells(record, name, numbers)])
                 else:
                     silent.setdefault(reason(numbers).replace("|", "\\|"), []).append(name)
             rows += [["", ", ".join(names), why, "", "", "", ""] for why, names in silent.items()]
+            rows[first][0] = case + OLD * is_old(record, content)
         cases_said = f"{number_of_cases} case{'s' * (number_of_cases > 1)}"
         yield f"<details><summary>{stage}: {cases_said}</summary>\n\n{table(head, rows)}\n</details>\n"
 
@@ -334,7 +336,8 @@ def requirements_table(content: Content) -> str:
 
 
 def growths(content: Content) -> list[Sweep]:
-    return sweeps({"cases": cases(content)})
+    """Sweeps that say how fast they may grow."""
+    return [sweep for sweep in sweeps({"cases": cases(content)}) if not math.isnan(sweep.at_most)]
 
 
 def scaling_table(found: Sequence[Sweep]) -> str:

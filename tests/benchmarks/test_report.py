@@ -67,6 +67,7 @@ CONTENT = {
             },
             items=8, unit="images", bytes=50_000, flops=100_000,
         ),
+        "a noisy gate": record("gate", {"ours": {"noisy": "too loud"}, "peer": {"noisy": "too loud"}}),
         "an old loss": record("loss", {"ours": timed(10.0), "peer": peer(20.0, 2.0)}, code="older"),
         "not through": record("loss", {"ours": timed(10.0)}, finished=False),
         "a plan": record("plan", {"ours": timed(5.0, predicted_us=210.0, measured_us=200.0, total_error=-0.02)}),
@@ -105,7 +106,7 @@ def rows(page: str, start: str) -> list[list[str]]:
 
 def test_a_stage_has_its_largest_case_with_every_number(page):
     (gate,) = rows(page, "gate")
-    work = ["80.0 kimages/s", "50.0 kB", "100 k", "50 %", "2.00 MB", "0"]  # 50 µs for the bytes, of 100
+    work = ["80.0 k images/s", "50.0 kB", "100 k", "50 %", "2.00 MB", "0"]  # 50 µs for the bytes, of 100
     assert gate == ["gate", "a gate", "100 µs", *work, "slow peer 2.52, fast peer **0.800**"]
     assert "| loss | an old loss † |" in page
     assert "| optimizer | broken | wrong: result 0 is off |" in page
@@ -118,6 +119,7 @@ def test_every_peer_has_its_ratio_or_the_reason_why_not(page):
     assert "**0.800** (0.760 to 0.840)" in fast
     assert "|  | missing | absent: apex is not installed |" in page
     assert "|  | unsteady | noisy: its middle half spreads |" in page
+    assert rows(page, "a noisy gate") == [["a noisy gate", "ours, peer", "noisy: too loud", "", "", "", ""]]
     assert "4 times of contenders divided by ours, 1 of them below 1" in page
 
 
@@ -125,7 +127,7 @@ PEERS = ("slow peer", "fast peer")
 
 
 def test_stages_of_a_step_stand_beside_the_whole(page):
-    assert rows(page, "LLM forward")[0][:4] == ["LLM forward", "300 µs", "30 %", "100 ktokens/s"]
+    assert rows(page, "LLM forward")[0][:4] == ["LLM forward", "300 µs", "30 %", "100 k tokens/s"]
     assert rows(page, "backward")[0][6] == "50 %"  # 3e6 FLOPs are 300 µs of the ceiling
     assert rows(page, "*sum of the stages*")[0][1:3] == ["900 µs", "90 %"]
     assert rows(page, "rest: between the stages")[0][1:3] == ["70.0 µs", "7 %"]

@@ -35,7 +35,16 @@ from benchmarks.readings import RESULTS, Content, load, our_name, reason
 from benchmarks.results import Results, device_name, write_json
 from benchmarks.stages import TABLE
 
-STAGES = ("projector", "gate", "injection", "projector + gate + injection", "loss", "optimizer", "sampling")
+STAGES = (
+    "projector",
+    "gate",
+    "injection",
+    "projector + gate + injection",
+    "loss",
+    "optimizer",
+    "decode step",
+    "sampling",
+)
 SHORT_US = 100e3  # a call of ours, for enough rounds in a second
 STEADY = 0.05  # of the median, from it to the farthest sitting
 LEAST = 0.9  # of the recorded ratio

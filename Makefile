@@ -10,7 +10,8 @@ OLDEST_TRITON := triton==3.6.0
 QUANTISERS := torchao==0.18.0 bitsandbytes==0.50.2
 PATHS := kernels aligngpt training demo benchmarks tests setup.py
 
-.PHONY: install demo check format test test-all test-compile test-gpu bench bench-gpu bench-record clean
+.PHONY: install demo check format test test-all test-compile test-gpu clean
+.PHONY: bench bench-gpu bench-record bench-check bench-report
 
 install: $(VENV)/.installed
 
@@ -86,6 +87,12 @@ bench-gpu:
 SECONDS ?= 3600
 bench-record: install
 	$(BIN)/python -m benchmarks.run --results $(RESULTS) --seconds $(SECONDS)
+
+bench-check: install
+	$(BIN)/python -m benchmarks.check
+
+bench-report: install
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf .venv* build *.egg-info

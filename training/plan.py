@@ -1,5 +1,8 @@
 """What a run needs, counted before it starts and without allocating it; `training.dry_run` prints it.
 
+`python -m training.plan --gpus 64 --model 7b --samples 558k` is training/forecast.py: the same without model folder
+and data, with the hours and the communication of a cluster.
+
     weights ─ what each process holds of them, to the byte: parameters, gradients, optimizer
     activations ─ the model's own forward and backward on the meta device, with its storages' sizes added up
     data ─ records tokenised by sample, the first steps packed, tokens and FLOPs of a step, hours
@@ -480,3 +483,9 @@ def plan_run(
             config=config.sharding,
         ),
     )
+
+
+if __name__ == "__main__":
+    from training.forecast import main
+
+    raise SystemExit(main())

@@ -270,7 +270,7 @@ def run_kinds(request: Request, folder: Path, world: World) -> None:
             run = loop.Run(config, world, model, optimizer, order, steps, guard, stop, written, saves, dropped)
             read = loop.read_steps(config, samples, order, 0, steps, dropped, world)
             loop.run_steps(run, enumerate(itertools.islice(read, WARM_UP + TIMED)))
-            read.close()
+            del read  # and its workers
         if world.rank == 0:
             lines = (run_dir / metrics.FILE).read_text(encoding="utf-8").splitlines()
             spent.append([json.loads(line)["seconds"] for line in lines[WARM_UP:]])
@@ -356,7 +356,8 @@ def fit(works: Sequence[Work], seconds: Sequence[float]) -> Cost:
             best = np.zeros(rows.shape[1])
             best[columns] = found / scale[columns]
             least = rest
-    return Cost(*best.tolist(), communicates=True)
+    step, micro_batch, token, supervised_token, image = best.tolist()
+    return Cost(step, micro_batch, token, supervised_token, image, communicates=True)
 
 
 def _subsets(count: int) -> Iterator[list[int]]:

@@ -241,10 +241,10 @@ def cost_on(
             f"{device}: not measured; assumed to reach the {measured}'s share of its peak "
             f"(× {faster:.2f}) and of its memory's bandwidth (× {faster_memory:.2f})"
         )
-    found, ways = of.llm.get(stage), stage
+    found = of.llm.get(stage)
     if not found:
-        ways, found = next(iter(of.llm.items()))
-        said.append(f"LLM in {stage}: not measured; assumed to reach the FLOP/s of {ways}")
+        other, found = next(iter(of.llm.items()))
+        said.append(f"LLM in {stage}: not measured; assumed to reach the FLOP/s of {other}")
     way = checkpointing if checkpointing in found else next(iter(found))
     rate, forward = found[way]["flops_per_second"] * faster, found[way]["forward"]
     longer = 1 + forward * (RECOMPUTED[checkpointing] - RECOMPUTED[way])

@@ -13,6 +13,7 @@ tower's, the loss's and the start of the backward pass, of which the heaviest co
 allocator's gaps take is not in it.
 """
 
+import copy
 import dataclasses
 import math
 import weakref
@@ -460,7 +461,7 @@ def plan_run(
     dtype = run_folder.DTYPES[config.precision]
     kept_in = torch.float32 if config.optim.kind == "apex" else dtype  # what is not sharded is cast when it is used
     batches = make_batches(config, lengths, order, processes=processes, total_steps=total_steps)
-    model = sharding.build(model_config).to("meta")
+    model = sharding.build(copy.deepcopy(model_config)).to("meta")  # which is changed on the way
     sharding.freeze(model, config.model.train)
     if config.lora.rank:
         lora.add(model, {}, config.lora, seed=config.seed)

@@ -251,7 +251,7 @@ def in_process(rank: int, request: Request, folder: str) -> None:
 
 
 def run_kinds(request: Request, folder: Path, world: World) -> None:
-    """Train on each kind for some steps."""
+    """Train on each kind for some steps. The first process leaves their times, and the last kind's metrics."""
     run_dir = folder / "run"
     run_dir.mkdir(exist_ok=True)
     config = dataclasses.replace(request.config, run_dir=str(run_dir), save_every=2**31)
@@ -286,6 +286,13 @@ def available() -> tuple[int, str]:
     return len(os.sched_getaffinity(0)), "cores"
 
 
+def check_available(processes: int) -> None:
+    """ValueError: there are not so many."""
+    most, of_what = available()
+    if processes > most:
+        raise ValueError(f"--gpus is {processes}; --calibrate needs as many {of_what}, and this machine has {most}")
+
+
 def calibrate(
     config: TrainConfig,
     stage: Stage,
@@ -302,9 +309,7 @@ def calibrate(
     Raises:
         ValueError: the machine has no room for so many processes.
     """
-    most, of_what = available()
-    if processes > most:
-        raise ValueError(f"--gpus is {processes}; --calibrate needs as many {of_what}, and this machine has {most}")
+    check_available(processes)
     quiet = dataclasses.replace(config.optim, lr=0.0, projector_lr=0.0, align_lr=0.0)
     data = dataclasses.replace(config.data, decoder="pil" if config.data.decoder == "auto" else config.data.decoder)
     config = dataclasses.replace(config, optim=quiet, data=data, log=type(config.log)())

@@ -24,7 +24,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from aligngpt.checkpoint import read_config
 from aligngpt.config import AlignGPTConfig
 from training import cluster, sharding
-from training.calibrate import Calibration, calibrate
+from training.calibrate import Calibration, calibrate, check_available
 from training.cluster import Network
 from training.config import PRESETS, ModelConfig, Stage, TrainConfig
 from training.dry_run import (
@@ -234,6 +234,7 @@ def forecast(asked: argparse.Namespace) -> str:
     """
     stage: Stage = asked.stage
     config, model = config_of(asked), shape(asked.model, asked.vision)
+    device, memory_bytes = device_of(asked)
     lengths, assumed = lengths_of(asked, config, model.image_seq_length)
     gpus = asked.gpus
     order = Order(asked.samples, config.global_batch_size, config.seed)
@@ -242,7 +243,6 @@ def forecast(asked: argparse.Namespace) -> str:
     drawn = dataclasses.replace(order, num_samples=len(lengths.tokens))
     plan = plan_run(config, model, lengths, drawn, processes=gpus, total_steps=min(total_steps, drawn.steps_per_epoch))
 
-    device, memory_bytes = device_of(asked)
     calibrated: Calibration | None = None
     if asked.calibrate:
         calibrated = calibrate(config, stage, model, lengths, processes=gpus)
@@ -274,9 +274,7 @@ def forecast(asked: argparse.Namespace) -> str:
         "",
         *communication_lines(prediction, network, gpus),
         "",
-        *hours_lines(
-            prediction, plan.flops.of(tokens=tokens, supervised_tokens=supervised, images=images), total_steps, gpus
-        ),
+        *hours_lines(prediction, flops, total_steps, gpus),
         f"checkpoints: {gigabytes(12 * trained)} each, {many(saves, 'save', 'saves')}, {config.keep_last} kept; "
         "written while training goes on",
         "",
@@ -294,6 +292,8 @@ def device_of(asked: argparse.Namespace) -> tuple[str, float]:
     """
     if asked.calibrate and asked.device:
         raise ValueError(f"--device is {asked.device!r}; --calibrate needs it left out: it measures this machine's")
+    if asked.calibrate:
+        check_available(asked.gpus)
     if torch.cuda.is_available() and not asked.device:
         return torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     if asked.calibrate:

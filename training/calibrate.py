@@ -47,7 +47,7 @@ from training.plan import Lengths
 from training.processes import Stop
 from training.sharding import World
 
-WARM_UP, TIMED = 3, 6  # steps of a kind
+WARM_UP, TIMED = 2, 5  # steps of a kind
 AHEAD = 16  # steps that are there to be loaded after the last one timed, so that the loader stays at work
 PHOTO = (640, 480)
 DRAWN_ROWS = 256  # of a weight; further rows repeat them
@@ -76,7 +76,7 @@ class Calibration:
     @property
     def error(self) -> float:
         """The largest share by which the cost is off one of the kinds."""
-        return max(abs(self.cost.of(work) / seconds - 1) for work, seconds in self.kinds.values())
+        return max((abs(self.cost.of(work) / seconds - 1) for work, seconds in self.kinds.values()), default=0.0)
 
     def said(self) -> list[str]:
         sizes = ", ".join(f"{seconds:.3g} s {name}" for name, (_, seconds) in self.kinds.items())

@@ -330,8 +330,8 @@ def predict_run(
         if config.sharding.offload:
             said.append("what --sharding.offload moves to the host and updates there: not counted")
         said.append(
-            f"rates: the same in micro-batches of {work.tokens / work.micro_batches:,.0f} tokens as in the full ones that "
-            "were measured"
+            f"rates: the same in micro-batches of {work.tokens / work.micro_batches:,.0f} tokens as in the full ones "
+            "that were measured"
         )
         said.append("data is there in time; checkpoints are written beside; no restarts")
     return predict(work, cost, moved, network, said, tokens)

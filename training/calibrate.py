@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import socket
 import statistics
@@ -241,6 +242,7 @@ class Request:
 
 def in_process(rank: int, request: Request, folder: str) -> None:
     """One of the processes that run the steps; the first one writes their times into the folder."""
+    multiprocessing.set_start_method(None, force=True)  # the loader's workers begin as a run's do, not like this one
     if request.processes > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request.processes}
         os.environ |= {name: str(value) for name, value in place.items()}

@@ -11,9 +11,11 @@ needs. Exit status: 0 done, 1 a value that cannot be used, 2 a command line that
 
 import argparse
 import dataclasses
+import itertools
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,6 +58,7 @@ CONVERSATION = (60, 101, 130, 144, 156, 170, 191, 233, 302, 450, 898)
 TEXT_ALONE = (167, 639, 964, 1353, 1569, 1849, 2048, 2048, 2048, 2048, 2048)
 LEARNED = {"pretrain": 0.92, "finetune": 0.46}
 WITHOUT_IMAGE = {"pretrain": 0.0, "finetune": 40 / 664}
+WIDTH = 118  # of a line of words
 SIMULATED_SAMPLES = 100_000  # of which the first steps are packed; the rest are alike
 
 
@@ -279,7 +282,10 @@ def forecast(asked: argparse.Namespace) -> str:
         "written while training goes on",
         "",
         "what this rests on",
-        *(f"  {line}" for line in ("memory, tokens, FLOPs and bytes moved: counted", *assumed, *prediction.assumed)),
+        *itertools.chain.from_iterable(
+            textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ")
+            for line in ("memory, tokens, FLOPs and bytes moved: counted", *assumed, *prediction.assumed)
+        ),
     ]
     return "\n".join(lines)
 

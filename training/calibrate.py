@@ -267,7 +267,6 @@ def run_kinds(request: Request, folder: Path, world: World) -> None:
         order = Order(len(kind.tokens), len(kind.tokens), config.seed)
         dropped = DroppedSamples(run_dir, lines=[], total=steps * len(kind.tokens), max_rate=1.0)
         guard = Guard(config.guard, run_dir, world, first_step=0)
-        (run_dir / metrics.FILE).unlink(missing_ok=True)
         with Metrics(config, first_step=0, total_steps=steps, world=world) as written, Stop() as stop:
             run = loop.Run(config, world, model, optimizer, order, steps, guard, stop, written, saves, dropped)
             read = loop.read_steps(config, samples, order, 0, steps, dropped, world)

@@ -5,7 +5,7 @@ command on files: LLaVA's lengths divided, photographs, a tokenizer. Its steps d
 what they hold, not in kind. What is timed is planning itself; it counts as wrong unless each step has the tokens that
 the run's metrics.jsonl says, and the micro-batches.
 
-    predicted_us, measured_us   of a step; the median of the run's after `WARM_UP` of them
+    predicted_us, measured_us   of a step; the median of the run's, but for its first and last ones
     error                       predicted / measured - 1, of a step
     total_error                 the same of all those steps together
 
@@ -42,8 +42,9 @@ from training.loader import Order, Part, Samples
 from training.metrics import FILE
 from training.plan import Lengths, Plan, plan_run, sample_lengths
 
-WARM_UP = 4  # steps of the run
-STEPS = 24
+# Of the run's steps those between count: in the first ones the loader fills what it keeps in hand, in the last ones it
+# has nothing left to do, and neither is so in most of a long run.
+STEPS, WARM_UP, LAST = 36, 12, 8
 SMALL = Size(4, 4096, 192, 512, 3, 4, SMALL_TOWER, 8, STEPS * 8, 4, 2048, 8)
 
 
@@ -199,7 +200,7 @@ def of_the_run(planned: Planned) -> Outputs:
 
 def compared(run: Run, planned: Planned, seconds: float) -> dict[str, Any]:
     """Of the prediction and what came."""
-    predicted, spent = planned.predicted().seconds, [line["seconds"] for line in planned.lines[WARM_UP:]]
+    predicted, spent = planned.predicted().seconds, [line["seconds"] for line in planned.lines[WARM_UP:-LAST]]
     measured = statistics.median(spent)
     calibrated = planned.calibrated
     assert calibrated is not None

@@ -18,6 +18,7 @@ import os
 import socket
 import statistics
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from training.cluster import Cost, Work
 from training.config import Stage, TrainConfig
 from training.dropped import DroppedSamples
 from training.guard import Guard
-from training.loader import Cut, Order, Samples
+from training.loader import Cut, Order, Part, Samples
 from training.metrics import Metrics
 from training.packing import pack, share
 from training.plan import Lengths
@@ -50,6 +51,7 @@ from training.sharding import World
 
 WARM_UP, TIMED = 2, 5  # steps of a kind
 AHEAD = 16  # steps that are there to be loaded after the last one timed, so that the loader stays at work
+HELD_BY_A_WORKER = 5  # steps: four in hand and one in the making (aligngpt.batch.load_in_order)
 PHOTO = (640, 480)
 DRAWN_ROWS = 256  # of a weight; further rows repeat them
 
@@ -270,7 +272,9 @@ def run_kinds(request: Request, folder: Path, world: World) -> None:
         with Metrics(config, first_step=0, total_steps=steps, world=world) as written, Stop() as stop:
             run = loop.Run(config, world, model, optimizer, order, steps, guard, stop, written, saves, dropped)
             read = loop.read_steps(config, samples, order, 0, steps, dropped, world)
-            loop.run_steps(run, enumerate(itertools.islice(read, WARM_UP + TIMED)))
+            first = [next(read)]
+            time.sleep(seconds_to_fill(samples, config, len(kind.tokens)))
+            loop.run_steps(run, enumerate(itertools.chain(first, itertools.islice(read, WARM_UP + TIMED - 1))))
             del read  # and its workers
         if world.rank == 0:
             lines = (run_dir / metrics.FILE).read_text(encoding="utf-8").splitlines()
@@ -278,6 +282,18 @@ def run_kinds(request: Request, folder: Path, world: World) -> None:
     if world.rank == 0:
         found = {"seconds": spent, "threads": torch.get_num_threads()}
         (folder / "times.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def seconds_to_fill(samples: Samples, config: TrainConfig, count: int) -> float:
+    """Until the loader has as much in hand as it keeps: in a long run it is full, and makes a step while one is taken.
+
+    While it fills, it takes more of the cores than it does ever after.
+    """
+    started = time.perf_counter()
+    samples[Part(0, list(range(count)))]
+    each = time.perf_counter() - started
+    workers = max(config.data.workers, 1)
+    return 1.25 * each * (HELD_BY_A_WORKER * workers + config.data.prefetch + 1) / workers
 
 
 def available() -> tuple[int, str]:

@@ -39,7 +39,7 @@ setup(
         "training": "training",
     },
     packages=["aligngpt_kernels", "aligngpt", "aligngpt.data", "aligngpt.evaluation", "training"],
-    package_data={"aligngpt_kernels": ["py.typed", "measured.json"]},
+    package_data={"aligngpt_kernels": ["py.typed", "measured.json"], "training": ["rates.json"]},
     install_requires=[
         "torch>=2.11",
         'triton>=3.6; platform_system == "Linux"',  # the fused kernels; also compiles them ahead of time without a GPU

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
-from training import checkpoints, loop, run_folder, sharding
+from training import checkpoints, cluster, loop, run_folder, sharding
+from training.cluster import Network, Prediction
 from training.config import Stage, TrainConfig
 from training.loader import Order, Samples
 from training.plan import GROUPS, Lengths, Plan, Weight, plan_run, sample_lengths
 
-ASSUMED_MFU = 0.4
+ASSUMED_MFU = 0.4  # where no rate is known
+H100 = "NVIDIA H100 80GB HBM3"
 H100_TFLOPS = 989.0
 H100_BYTES = 80 * 10**9
 
@@ -136,13 +138,18 @@ def time_lines(
     total_steps: int,
     done: int | None,
     processes: int,
+    prediction: Prediction | None,
 ) -> list[str]:
-    """FLOPs of a step, and hours."""
+    """FLOPs of a step, and hours; prediction: by rates that were measured, where the device's are known."""
     tokens, supervised, images = of_step(lengths, order, total_steps)
     flops = plan.flops.of(tokens=tokens, supervised_tokens=supervised, images=images)
     peak = config.log.peak_tflops or H100_TFLOPS
     if config.tokens_per_second:
         seconds, how = tokens / config.tokens_per_second, f"at {config.tokens_per_second:,.0f} tokens/s"
+    elif prediction is not None:
+        seconds, how = prediction.seconds, f"by measured rates: {tokens / prediction.seconds:,.0f} tokens/s"
+        if processes > 1:
+            how += f", of which {prediction.exposed / seconds:.0%} waits for communication"
     else:
         seconds = flops / (processes * peak * 1e12 * ASSUMED_MFU)
         rate = tokens / seconds
@@ -154,6 +161,49 @@ def time_lines(
     elif done:
         lines.append(f"{done:,} steps are done; {hours(seconds * (total_steps - done))} are left")
     return lines
+
+
+def communication_lines(prediction: Prediction, network: Network, processes: int) -> list[str]:
+    """What a process and a machine move in a step."""
+    if processes == 1:
+        return ["communication: none, with one process"]
+    kinds: dict[str, list[float]] = {}
+    for collective, times in prediction.traffic.counted().items():
+        found = kinds.setdefault(f"{collective.kind} of {collective.members}", [0, 0.0, 0.0])
+        for place, value in enumerate((1, collective.bytes, collective.sent)):
+            found[place] += times * value
+    kinds["together"] = [sum(values) for values in zip(*kinds.values(), strict=True)]
+    prefix, factor = unit_of(kinds["together"][1])
+    lines = [f"{'communication of a step':36}{'calls':>8}{f'{prefix}B, whole':>14}{f'{prefix}B, sent by each':>20}"]
+    for kind, (calls, whole, sent) in kinds.items():
+        lines.append(f"  {kind:34}{calls:8,.0f}{whole / factor:14,.3f}{sent / factor:20,.3f}")
+    machines = -(-processes // network.gpus_per_node)
+    if machines > 1:
+        lines.append(f"  a machine sends {gigabytes(prediction.crossing)} of it to others")
+    return lines
+
+
+def hours_lines(prediction: Prediction, flops: float, total_steps: int, processes: int) -> list[str]:
+    """Seconds of a step by what takes them, and the run's hours."""
+    seconds, total = prediction.seconds, prediction.seconds * total_steps
+    rows = (
+        ("forward and backward", prediction.compute),
+        ("optimizer and what is fixed", prediction.between),
+        ("waiting for communication", prediction.exposed),
+        ("together", seconds),
+    )
+    hidden = ""
+    if prediction.communication and not prediction.communicates:
+        share = 1 - prediction.exposed / prediction.communication
+        hidden = f"; of {prediction.communication:,.3g} s of communication {max(share, 0):.0%} are behind compute"
+    prefix, factor = unit_of(flops / seconds / processes, "TGM")
+    return [
+        "seconds of a step",
+        *(f"  {name:34}{value:8.3f}{hidden if name.startswith('waiting') else ''}" for name, value in rows),
+        f"  {flops / seconds / processes / factor:,.1f} {prefix}FLOP/s a process, "
+        f"{prediction.tokens / seconds:,.0f} tokens/s of all",
+        f"time: {hours(total)}, {total_steps:,} steps; {total * processes / 3600:,.1f} GPU-hours",
+    ]
 
 
 def of_step(lengths: Lengths, order: Order, total_steps: int) -> tuple[float, float, float]:
@@ -170,7 +220,7 @@ def of_step(lengths: Lengths, order: Order, total_steps: int) -> tuple[float, fl
 def hours(seconds: float) -> str:
     if seconds < 60:
         return "less than a minute"
-    return f"{seconds / 3600:,.1f} hours" if seconds >= 360 else f"{seconds / 60:,.1f} minutes"
+    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
 
 
 def dry_run(config: TrainConfig, stage: Stage) -> None:
@@ -204,9 +254,12 @@ def dry_run(config: TrainConfig, stage: Stage) -> None:
         notes.append(f"{lengths.unusable} of {lengths.sampled} sampled records cannot be used; see `aligngpt doctor`")
     plan = plan_run(config, model_config, lengths, order, processes=processes, total_steps=total_steps)
 
-    device, device_bytes = "an H100 assumed, since this machine has no GPU", H100_BYTES
+    name, device, device_bytes = H100, "an H100 assumed, since this machine has no GPU", H100_BYTES
     if torch.cuda.is_available():
-        device, device_bytes = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+        name = device = torch.cuda.get_device_name()
+        device_bytes = torch.cuda.get_device_properties(0).total_memory
+    step, network = of_step(lengths, order, total_steps), cluster.ASSUMED
+    prediction = cluster.predict_run(config, stage, plan, step, processes, device=name, network=network)
     if plan.memory.device > device_bytes:
         need = plan.memory
         stays = 0 if need.offload else need.parameters + need.tower + need.gradients + need.optimizer
@@ -229,7 +282,9 @@ def dry_run(config: TrainConfig, stage: Stage) -> None:
         *memory_lines(plan, device_bytes),
         "",
         *data_lines(config, plan, lengths, samples, order, total_steps),
-        *time_lines(config, plan, lengths, order, total_steps, done, processes),
+        *(communication_lines(prediction, network, processes) if prediction else ()),
+        *time_lines(config, plan, lengths, order, total_steps, done, processes, prediction),
+        *(f"  {line}" for line in (prediction.assumed if prediction and not config.tokens_per_second else ())),
         *(f"note: {note}" for note in notes),
     ]
     print("\n".join(lines), flush=True)

@@ -1,5 +1,8 @@
 """What a run needs, counted before it starts and without allocating it; `training.dry_run` prints it.
 
+`python -m training.plan --gpus 64 --model 7b --samples 558k` is training/forecast.py: the same without model folder
+and data, with the hours and the communication of a cluster.
+
     weights ─ what each process holds of them, to the byte: parameters, gradients, optimizer
     activations ─ the model's own forward and backward on the meta device, with its storages' sizes added up
     data ─ records tokenised by sample, the first steps packed, tokens and FLOPs of a step, hours
@@ -10,6 +13,7 @@ tower's, the loss's and the start of the backward pass, of which the heaviest co
 allocator's gaps take is not in it.
 """
 
+import copy
 import dataclasses
 import math
 import weakref
@@ -457,7 +461,7 @@ def plan_run(
     dtype = run_folder.DTYPES[config.precision]
     kept_in = torch.float32 if config.optim.kind == "apex" else dtype  # what is not sharded is cast when it is used
     batches = make_batches(config, lengths, order, processes=processes, total_steps=total_steps)
-    model = sharding.build(model_config).to("meta")
+    model = sharding.build(copy.deepcopy(model_config)).to("meta")  # which is changed on the way
     sharding.freeze(model, config.model.train)
     if config.lora.rank:
         lora.add(model, {}, config.lora, seed=config.seed)
@@ -480,3 +484,9 @@ def plan_run(
             config=config.sharding,
         ),
     )
+
+
+if __name__ == "__main__":
+    from training.forecast import main
+
+    raise SystemExit(main())

@@ -249,6 +249,7 @@ def test_dry_run_prints_a_plan_and_leaves_nothing_behind(
         float,
         re.search(r"a step: (\S+) tokens, (\S+) of them supervised, (\S+) images \(counted\)", said).groups(),  # type: ignore[union-attr]
     )
+    assert re.search(r"\n  all-gather of 2 +\d+ ", said)
     assert images == round(11 * 3 / 6)
     assert images * 4 < tokens
     assert supervised < tokens
@@ -292,6 +293,9 @@ def test_what_does_not_fit_is_said_with_numbers(
     run("pretrain")
     said = capsys.readouterr().out
     assert "note: it does not fit: it takes " in said
+    assert "by measured rates: " in said
+    assert "NVIDIA H100 80GB HBM3: not measured; assumed to reach the NVIDIA H200's share" in said
+    assert "communication: none, with one process" in said
     assert "weights, gradients and optimizer alone take " in said
     for way in ("--lora.rank 16", "--sharding.offload", "--per-device-batch-size 2", "2 processes", "8 processes"):
         assert f"note: with {way}: " in said

@@ -202,7 +202,7 @@ def cases() -> list[Case]:
 
 
 def cpu_cases() -> list[Case]:
-    return [case(weights_of(1024, 2752, 256))]
+    return [case(weights_of(512, 1376, 256))]
 
 
 def small_cases() -> list[Case]:

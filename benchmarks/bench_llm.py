@@ -1,7 +1,7 @@
 """The LLM without its head, forward and forward + backward: packed by our attention against padded batches.
 
 Samples are as long as those of LLaVA's data (lengths.py). Ours gets them in one row, as training does, with the
-attention that `aligngpt.attention` chooses; each of its back-ends is a contender too. The others get the same samples
+attention that `aligngpt.attention` chooses; each other back-end of it is a contender too. The others get the same samples
 padded to the longest: eager, SDPA, the same compiled, and Llama's norms, MLP and rotation by Liger. What is compared is
 the hidden state of every token and, backward, the gradient of the embeddings and of two weights, one of the first layer
 and one of the last, all without padding. Exact, and plain, is the model on one sample after the other, eager.
@@ -57,7 +57,7 @@ class Shape(NamedTuple):
 
 
 LLAMA_7B = Shape(shapes.WIDTH, 11008, 2, shapes.HEADS, scale=1, tokens=8192)
-ON_CPU = Shape(512, 1376, 2, 8, scale=4, tokens=1024)
+ON_CPU = Shape(256, 688, 2, 4, scale=4, tokens=1024)
 SMALL = Shape(32, 64, 2, 2, scale=36, tokens=112)
 
 
@@ -101,8 +101,11 @@ def few(llm: Llm, outputs: Outputs) -> Outputs:
 
 def packed_run(llm: Llm, model: nn.Module, backend: str | None = None) -> Run:
     device, size = llm.rows.device, llm.model.config.hidden_size // llm.model.config.num_attention_heads
-    if backend is not None and (reason := attention.why_not(backend, device, llm.rows.dtype, size)):
-        raise Absent(reason)
+    if backend is not None:
+        if reason := attention.why_not(backend, device, llm.rows.dtype, size):
+            raise Absent(reason)
+        if backend == attention.choose(device, llm.rows.dtype, size):
+            raise Absent("it is the one that ours has here")
     ends = torch.tensor([0, *itertools.accumulate(llm.lengths)], dtype=torch.int32)
     places = torch.cat([torch.arange(length) for length in llm.lengths])[None].to(device)
     kwargs = attention.layer_inputs(

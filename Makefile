@@ -10,7 +10,7 @@ OLDEST_TRITON := triton==3.6.0
 QUANTISERS := torchao==0.18.0 bitsandbytes==0.50.2
 PATHS := kernels aligngpt training demo benchmarks tests setup.py
 
-.PHONY: install demo check format test test-all test-compile test-gpu bench bench-gpu clean
+.PHONY: install demo check format test test-all test-compile test-gpu bench bench-gpu bench-record clean
 
 install: $(VENV)/.installed
 
@@ -80,7 +80,12 @@ bench: install
 
 bench-gpu:
 	@$(GPU_ENV) $(PYTHON) -m benchmarks.need_gpu "make bench-gpu"
-	$(GPU_ENV) $(PYTHON) -m benchmarks.run --results $(RESULTS)
+	$(GPU_ENV) $(PYTHON) -m benchmarks.run --results $(RESULTS) --probe-seconds 4
+
+# Every case on this machine, whatever it has, into RESULTS; it goes on from where it stopped.
+SECONDS ?= 3600
+bench-record: install
+	$(BIN)/python -m benchmarks.run --results $(RESULTS) --seconds $(SECONDS)
 
 clean:
 	rm -rf .venv* build *.egg-info

@@ -27,9 +27,9 @@ from torch import Tensor
 from benchmarks import bench_injection, bench_projector
 from benchmarks.bench_injection import Batch, concatenate, make_batch, search
 from benchmarks.bench_projector import Projector
-from benchmarks.case import Case, our_impl, simple, with_grads
+from benchmarks.case import Case, InTurns, our_impl, simple, with_grads
 from benchmarks.measure import Outputs
-from benchmarks.shapes import FEATURES, GATE_HIDDEN, IMAGES, LEVELS, ROWS, TEXT, VOCABULARY, WIDTH
+from benchmarks.shapes import CPU_WIDTH, FEATURES, GATE_HIDDEN, IMAGES, LEVELS, ROWS, TEXT, VOCABULARY, WIDTH
 
 
 class Chain(NamedTuple):
@@ -173,6 +173,7 @@ def case(
         # without it the parts run, each where its own measurement lets it
         dispatch=("project_and_inject", "ours, project_and_inject", ("ours, in parts", "ours, eager projector")),
         host=True,
+        memory=True,
     )
 
 
@@ -180,10 +181,15 @@ def cases() -> list[Case]:
     return [case(backward=backward) for backward in (False, True)]
 
 
+def cpu_cases() -> list[Case]:
+    here = partial(case, rows=144, width=CPU_WIDTH // 2, dtype=torch.float32)
+    return [here(backward=backward) for backward in (False, True)]
+
+
 def small_cases() -> list[Case]:
-    small = {"rows": 16, "features": 32, "width": 64, "vocabulary": 500}
-    return [case(backward=backward, **small, dtype=torch.float32) for backward in (False, True)]
+    small = partial(case, rows=16, features=32, width=64, vocabulary=500, dtype=torch.float32)
+    return [small(backward=backward) for backward in (False, True)]
 
 
-def test_chain(in_turns: Callable[[Case], None], case: Case) -> None:
+def test_chain(in_turns: InTurns, case: Case) -> None:
     in_turns(case)

@@ -15,7 +15,7 @@ from aligngpt_kernels import flash_decode, flash_decode_reference
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.case import Case, Contender, compiled, in_cuda_graph, our_impl, simple
+from benchmarks.case import Case, Contender, InTurns, compiled, in_cuda_graph, our_impl, simple
 from benchmarks.measure import Outputs, Run
 from benchmarks.shapes import HEAD_DIM, HEADS, KV_HEADS_GQA
 
@@ -25,6 +25,8 @@ BACKENDS = {
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
     "SDPA math": SDPBackend.MATH,
 }
+
+NOT_ON_A_CPU = {"SDPA cuDNN", "SDPA efficient"}
 
 
 class Cache(NamedTuple):
@@ -143,7 +145,10 @@ def case(
         "ours": simple(ours),
         "ours, in a CUDA graph": in_cuda_graph(simple(ours)),
         "reference": simple(reference),
-        **{name: simple(partial(sdpa, backend=backend), gpu_only=True) for name, backend in BACKENDS.items()},
+        **{
+            name: simple(partial(sdpa, backend=backend), gpu_only=name in NOT_ON_A_CPU)
+            for name, backend in BACKENDS.items()
+        },
         "FlexAttention": flex_attention(),
         "flash-attn 2": simple(partial(flash_attn, version=2), gpu_only=True),
         "flash-attn 3": simple(partial(flash_attn, version=3), gpu_only=True),
@@ -167,6 +172,8 @@ def case(
         unit="tokens of a layer",
         group="decode",
         dispatch=("flash_decode", "ours", ("reference",)),  # what "auto" falls back to; peers are for the report
+        host=True,
+        memory=True,
         input_bytes=2 * batch * length * kv_heads * head_dim * dtype.itemsize,
         absent=absent,
     )
@@ -180,10 +187,15 @@ def cases() -> list[Case]:
     return found
 
 
+def cpu_cases() -> list[Case]:
+    here = partial(case, 4, heads=16, dtype=torch.float32)
+    return [*(here(length, heads) for length in (704, 2048) for heads in (16, 4)), here(2048, 16, ragged=True)]
+
+
 def small_cases() -> list[Case]:
     small = partial(case, 3, 100, heads=4, head_dim=64, dtype=torch.float32)
     return [small(4), small(2, ragged=True)]
 
 
-def test_decode(in_turns: Callable[[Case], None], case: Case) -> None:
+def test_decode(in_turns: InTurns, case: Case) -> None:
     in_turns(case)

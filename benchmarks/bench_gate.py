@@ -1,6 +1,7 @@
 """text_mean and align_gate, apart and together, against their references, eager and compiled: 16 images."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -8,9 +9,9 @@ from aligngpt_kernels import InjectionPlan, align_gate, align_gate_reference, te
 from torch import Tensor
 
 from benchmarks.bench_injection import make_batch
-from benchmarks.case import Case, compiled, our_impl, simple, with_grads
+from benchmarks.case import TOO_SMALL, Case, InTurns, compiled, our_impl, simple, with_grads
 from benchmarks.measure import Outputs
-from benchmarks.shapes import GATE_HIDDEN, IMAGES, LEVELS, ROWS, TEXT, VOCABULARY, WIDTH
+from benchmarks.shapes import CPU_WIDTH, GATE_HIDDEN, IMAGES, LEVELS, ROWS, TEXT, VOCABULARY, WIDTH
 
 
 class Gate(NamedTuple):
@@ -101,6 +102,7 @@ def case(
     width: int = WIDTH,
     vocabulary: int = VOCABULARY,
     dtype: torch.dtype = torch.bfloat16,
+    compiles: bool = True,
 ) -> Case:
     ours, plain = OPS[op]
 
@@ -118,14 +120,13 @@ def case(
         elements += text_rows * width + (vocabulary * width if backward else 0)  # the whole table's gradient
     if op != "text_mean":
         elements += IMAGES * rows * width * (3 if backward else 1)  # image rows again, and their gradient
+    contenders = {"ours": simple(lambda g: outputs(ours, g)), "reference": simple(lambda g: outputs(plain, g))}
+    if compiles:
+        contenders["reference, torch.compile"] = simple(lambda g: outputs(compiled(plain), g))
     return Case(
         name=f"{op} {'forward + backward' if backward else 'forward'}, {IMAGES} samples",
         make=lambda device: make(device, dtype, rows, width, vocabulary, backward),
-        contenders={
-            "ours": simple(lambda g: outputs(ours, g)),
-            "reference": simple(lambda g: outputs(plain, g)),
-            "reference, torch.compile": simple(lambda g: outputs(compiled(plain), g), gpu_only=True),
-        },
+        contenders=contenders,
         exact=lambda g: outputs(plain, double(g)),
         plain=lambda g: outputs(plain, g),
         bytes=elements * dtype.itemsize,
@@ -134,6 +135,9 @@ def case(
         items=IMAGES,
         unit="samples",
         group="gate",
+        absent={} if compiles else {"reference, torch.compile": TOO_SMALL},
+        host=True,
+        memory=True,
         dispatch=(op, "ours", ("reference",)) if op in ("text_mean", "align_gate") else None,
     )
 
@@ -142,10 +146,15 @@ def cases() -> list[Case]:
     return [case(op, backward=backward) for op in OPS for backward in (False, True)]
 
 
+def cpu_cases() -> list[Case]:
+    here = partial(case, width=CPU_WIDTH, dtype=torch.float32)
+    return [here(op, backward=backward) for op in OPS for backward in (False, True)]
+
+
 def small_cases() -> list[Case]:
-    small = {"rows": 16, "width": 64, "vocabulary": 500}
-    return [case(op, backward=backward, **small, dtype=torch.float32) for op in OPS for backward in (False, True)]
+    small = partial(case, rows=16, width=64, vocabulary=500, dtype=torch.float32, compiles=False)
+    return [small(op, backward=backward) for op in OPS for backward in (False, True)]
 
 
-def test_gate(in_turns: Callable[[Case], None], case: Case) -> None:
+def test_gate(in_turns: InTurns, case: Case) -> None:
     in_turns(case)

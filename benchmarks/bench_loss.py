@@ -1,20 +1,21 @@
 """linear_cross_entropy, forward + backward, against full logits, torch's own and Liger's: 16384 rows, 15 % supervised.
 
 Ours is given the supervised rows, as the collator makes them. Full logits are the loss as it is usually written: the
-head on all rows, float32, cross entropy. Liger also runs on rows that were compacted for it outside its time.
+head on all rows, float32, cross entropy. Liger's and torch's also run on rows that were compacted outside the time.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from aligngpt_kernels import linear_cross_entropy, linear_cross_entropy_reference
 from torch import Tensor
 
-from benchmarks.case import Absent, Case, Contender, compiled, our_impl, simple, with_grads
-from benchmarks.measure import Outputs, Run
-from benchmarks.shapes import LOSS_ROWS, SUPERVISED, VOCABULARY, VOCABULARY_LLAMA3, WIDTH
+from benchmarks.case import TOO_SMALL, Absent, Case, Contender, InTurns, compiled, our_impl, simple, with_grads
+from benchmarks.measure import MIN_ROUNDS, Outputs, Run
+from benchmarks.shapes import CPU_WIDTH, LOSS_ROWS, SUPERVISED, VOCABULARY, VOCABULARY_LLAMA3, WIDTH
 
 IGNORED = -100
 
@@ -86,7 +87,7 @@ def compacted(h: Head) -> Head:
     return Head(h.hidden.detach()[h.rows].requires_grad_(), h.weight, h.labels[h.rows], rows)
 
 
-def on_compacted(function: Callable[[Head], Outputs]) -> Contender:
+def on_compacted(function: Callable[[Head], Outputs], **options: Any) -> Contender:
     def prepare(h: Head) -> Run:
         few = compacted(h)
         return lambda: function(few)
@@ -95,7 +96,7 @@ def on_compacted(function: Callable[[Head], Outputs]) -> Contender:
         loss, grad, *rest = outputs
         return [loss, torch.zeros_like(h.hidden).index_copy(0, h.rows, grad), *rest]
 
-    return Contender(prepare, finish, gpu_only=True)
+    return Contender(prepare, finish, **options)
 
 
 def exact(h: Head) -> Outputs:
@@ -119,6 +120,8 @@ def case(
     rows: int = LOSS_ROWS,
     width: int = WIDTH,
     dtype: torch.dtype = torch.bfloat16,
+    compiles: bool = True,
+    rounds: int = MIN_ROUNDS,
 ) -> Case:
     supervised = round(SUPERVISED * rows)
 
@@ -127,18 +130,21 @@ def case(
 
     weight = vocabulary * width
     moved = supervised * width + rows * width + weight * (2 if trained else 1)
+    contenders = {
+        "ours": simple(ours),
+        "reference": simple(reference),
+        "full logits": simple(full),
+        "torch linear_cross_entropy": simple(torchs),
+        "torch linear_cross_entropy, compacted rows": on_compacted(torchs),
+        "Liger": simple(liger, gpu_only=True),
+        "Liger, compacted rows": on_compacted(liger, gpu_only=True),
+    }
+    if compiles:
+        contenders["full logits, torch.compile"] = simple(full_compiled)
     return Case(
         name=f"loss V={vocabulary} R={rows}, {supervised} supervised, {'trained' if trained else 'frozen'} head",
         make=make_here,
-        contenders={
-            "ours": simple(ours),
-            "reference": simple(reference),
-            "full logits": simple(full),
-            "full logits, torch.compile": simple(full_compiled, gpu_only=True),
-            "torch linear_cross_entropy": simple(torchs),
-            "Liger": simple(liger, gpu_only=True),
-            "Liger, compacted rows": on_compacted(liger),
-        },
+        contenders=contenders,
         exact=exact,
         plain=full,
         # the sum of so many losses, each from logits of the dtype: that eager's error is less may be luck
@@ -150,7 +156,10 @@ def case(
         unit="supervised tokens",
         group=f"loss V={vocabulary}",
         dispatch=("linear_cross_entropy", "ours", ("reference",)),
+        absent={} if compiles else {"full logits, torch.compile": TOO_SMALL},
+        host=True,
         memory=True,
+        rounds=rounds,
     )
 
 
@@ -158,9 +167,15 @@ def cases() -> list[Case]:
     return [case(vocabulary, trained=t) for vocabulary in (VOCABULARY, VOCABULARY_LLAMA3) for t in (True, False)]
 
 
+def cpu_cases() -> list[Case]:
+    here = partial(case, VOCABULARY, rows=512, width=CPU_WIDTH // 4, dtype=torch.float32, rounds=5)
+    return [here(trained=trained) for trained in (True, False)]
+
+
 def small_cases() -> list[Case]:
-    return [case(500, trained=trained, rows=200, width=64, dtype=torch.float32) for trained in (True, False)]
+    small = partial(case, 500, rows=200, width=64, dtype=torch.float32, compiles=False)
+    return [small(trained=trained) for trained in (True, False)]
 
 
-def test_loss(in_turns: Callable[[Case], None], case: Case) -> None:
+def test_loss(in_turns: InTurns, case: Case) -> None:
     in_turns(case)

@@ -3,9 +3,12 @@
 The epilogue (`torch._addmm_activation`, NVIDIA's apex) has the tanh form of GELU and no backward; it is compared with
 the erf form like the others, and passes because the forms differ by less than bfloat16 rounds. "ours, both products" is
 what `SECOND_BY_CUBLAS_FROM` of the projector's module decides about.
+
+On a CPU the projector is 1024 → 1024 → 1024, in float32.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 from unittest import mock
 
@@ -13,9 +16,9 @@ import torch
 from aligngpt_kernels import fused_projector, fused_projector_reference, projector
 from torch import Tensor
 
-from benchmarks.case import Case, Contender, compiled, our_impl, simple, with_grads
+from benchmarks.case import TOO_SMALL, Case, Contender, InTurns, compiled, our_impl, simple, with_grads
 from benchmarks.measure import Outputs
-from benchmarks.shapes import FEATURES, WIDTH, WIDTH_13B
+from benchmarks.shapes import CPU_WIDTH, FEATURES, WIDTH, WIDTH_13B
 
 SMALL_ROWS = 1152  # up to here the projector's dispatch and requirement differ
 
@@ -85,6 +88,7 @@ def case(
     features: int = FEATURES,
     width: int = WIDTH,
     dtype: torch.dtype = torch.bfloat16,
+    compiles: bool = True,
 ) -> Case:
     def outputs(function: Callable[[Projector], Tensor], p: Projector) -> Outputs:
         return with_grads(function(p), p[1:5], p.upstream) if backward else [function(p)]
@@ -95,12 +99,13 @@ def case(
     contenders: dict[str, Contender] = {
         "ours": simple(lambda p: outputs(ours, p)),
         "eager": simple(lambda p: outputs(eager, p)),
-        "torch.compile": simple(lambda p: outputs(by_compiler, p), gpu_only=True),
     }
+    if compiles:
+        contenders["torch.compile"] = simple(lambda p: outputs(by_compiler, p))
     if rows <= SMALL_ROWS:
         contenders["ours, both products"] = simple(lambda p: outputs(ours_both, p))
     if not backward:
-        contenders["cuBLASLt epilogue (tanh)"] = simple(cublaslt)
+        contenders["cuBLASLt epilogue (tanh)"] = simple(cublaslt, gpu_only=True)
         contenders["apex (tanh)"] = simple(apex, gpu_only=True)
     weights, products = features * width + width**2 + 2 * width, 2 * rows * width * (features + width)
     moved = rows * (features + width) + weights
@@ -120,6 +125,9 @@ def case(
         items=rows,
         unit="image rows",
         group=f"projector {'forward + backward' if backward else 'forward'}{size}",
+        absent={} if compiles else {"torch.compile": TOO_SMALL},
+        host=True,
+        memory=True,
         dispatch=("fused_projector M<=1152" if rows <= SMALL_ROWS else "fused_projector M>1152", "ours", ("eager",)),
     )
 
@@ -129,9 +137,15 @@ def cases() -> list[Case]:
     return [*forward, case(9216, width=WIDTH_13B), *(case(rows, backward=True) for rows in (1152, 9216))]
 
 
+def cpu_cases() -> list[Case]:
+    here = partial(case, width=CPU_WIDTH, dtype=torch.float32)
+    return [*map(here, (64, 576, 2304)), here(2304, backward=True)]
+
+
 def small_cases() -> list[Case]:
-    return [case(64, backward=backward, features=64, width=128, dtype=torch.float32) for backward in (False, True)]
+    small = partial(case, 64, features=64, width=128, dtype=torch.float32, compiles=False)
+    return [small(backward=backward) for backward in (False, True)]
 
 
-def test_projector(in_turns: Callable[[Case], None], case: Case) -> None:
+def test_projector(in_turns: InTurns, case: Case) -> None:
     in_turns(case)

@@ -41,6 +41,7 @@ OURS_FACTOR, PEER_FACTOR = 2, 8  # × the plain path's error: ours must be as ex
 MAX_COPIES = 128  # of the inputs
 ROOM = 1.2  # bytes that must be free for each byte of the inputs
 ENDED = "the process ended while it ran"
+TOO_SMALL = "it would compile for longer than the rest takes"
 
 
 class Absent(Exception):
@@ -68,6 +69,7 @@ class Case:
     plain: Callable[[Any], Outputs]  # by eager PyTorch in the inputs' dtype: its error is the yardstick
     bytes: int  # that must be read and written
     flops: int  # that must be done
+    file: str = ""  # of benchmarks, that it is from; whoever collects cases fills it in
     stage: str = ""  # one of benchmarks.stages.TABLE
     items: float = 0  # done by a call, of what `unit` says: images, tokens, samples, answers, …
     unit: str = ""
@@ -95,6 +97,9 @@ class Case:
         wanted = min(max(math.ceil(4 * cache / max(self.bytes, 1)), 2), MAX_COPIES)
         room = free_bytes(device) / (ROOM * max(self.input_bytes, 1))
         return min(wanted, max(int(min(room, MAX_COPIES)), 1))
+
+
+InTurns = Callable[[Case], dict[str, dict[str, Any]]]  # the fixture `in_turns`
 
 
 def our_impl(x: Tensor) -> Impl:

@@ -1,49 +1,50 @@
-"""What every benchmark starts from: a fixed seed, memory that stays, and device and versions beside each saved time."""
+"""`pytest benchmarks`: every case of every file, its contenders timed in turns, as rows of pytest-benchmark.
 
-import ctypes
-import platform
-import sys
-from collections.abc import Callable
-from pathlib import Path
+A row is a contender of a case, made of the very samples that run_case took in turns (on a GPU those of CUDA events),
+in the group of its case's stage, with its record beside it. Who is absent, wrong or too noisy is no row; the summary
+names them, and every contender that is faster than ours.
+
+Runs are saved into .benchmarks, those of --quick into .benchmarks/quick, with device, versions, commit and what the
+device reaches, so that --benchmark-compare shows the last run beside this one.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.case import Case, run_case
-from benchmarks.requirements import describe
+from benchmarks.case import Case, InTurns, run_case
+from benchmarks.measure import Ceilings, Timing, ceilings, keep_freed_memory
+from benchmarks.requirements import describe, described, exceptions
+from benchmarks.results import commit, device_name, versions
 
-
-def device_name() -> str:
-    """The device that times were taken on, for example "AMD EPYC, 2 threads"."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def pytest_configure() -> None:
-    """Keep freed memory. Otherwise every large array is new from the system, whose page faults cost several times the
-    work that is timed, and whether a contender pays them is chance."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        m_mmap_max, m_trim_threshold = -4, -1  # <malloc.h>
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-@pytest.fixture(autouse=True)
-def _seed_and_device(request: pytest.FixtureRequest) -> None:
-    torch.manual_seed(0)
-    if "benchmark" in request.fixturenames:
-        benchmark = request.getfixturevalue("benchmark")
-        benchmark.extra_info |= {"device": device_name(), "torch": torch.__version__}
+STORAGE = "file://./.benchmarks"
+COLUMNS = ["median", "iqr", "min", "rounds"]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RECORDS, TOP = pytest.StashKey[dict[str, dict[str, Any]]](), pytest.StashKey[Ceilings]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="the smallest cases: that all can be measured, in a minute")
+    parser.addoption(
+        "--probe-seconds", type=float, help="of copies and products at the start; otherwise 20, or 1 with --quick"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
+def pytest_configure(config: pytest.Config) -> None:
+    keep_freed_memory()
+    config.stash[RECORDS] = {}
+    option = config.option
+    option.benchmark_columns = option.benchmark_columns or COLUMNS
+    if option.benchmark_sort == "min":
+        option.benchmark_sort = "name"  # contenders of a case stand together
+    if option.benchmark_storage == STORAGE and option.quick:
+        option.benchmark_storage += "/quick"
+    if option.benchmark_autosave is None and option.benchmark_save is None:
+        name = commit()
+        option.benchmark_autosave = name[:12] + ("-changed" if name.endswith("+") else "")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -53,30 +54,97 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     file: Any = metafunc.module
     if metafunc.config.getoption("quick"):
         cases = file.small_cases()
-    elif torch.cuda.is_available():
+    elif DEVICE.type == "cuda":
         cases = file.cases()
     else:
         cases = getattr(file, "cpu_cases", file.small_cases)()
     metafunc.parametrize("case", cases, ids=[case.name for case in cases])
 
 
-@pytest.fixture
-def in_turns(benchmark) -> Callable[[Case], None]:
-    """Checks a case's contenders, times them in turns, prints each, and asserts that ours was right."""
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
 
-    def run(case: Case) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        results = run_case(case, device, seconds=0.5)
-        record = {"bytes": case.bytes, "flops": case.flops, "contenders": results}
+
+@pytest.fixture(scope="session")
+def top(request: pytest.FixtureRequest) -> Ceilings:
+    """What the device reaches, measured before the first case."""
+    config = request.config
+    seconds = config.getoption("probe_seconds")
+    if seconds is None:
+        seconds = 1.0 if config.getoption("quick") else 20.0
+    config.stash[TOP] = ceilings(DEVICE, seconds)
+    return config.stash[TOP]
+
+
+@pytest.fixture
+def in_turns(benchmark: Any, top: Ceilings, request: pytest.FixtureRequest) -> InTurns:
+    """Checks a case's contenders, times them in turns, makes a row of each, and asserts that ours was right.
+
+    Returns their records.
+    """
+
+    def run(case: Case) -> dict[str, dict[str, Any]]:
+        timings: dict[str, Timing] = {}
+        seconds = 0.1 if request.config.getoption("quick") else 0.5
+        results = run_case(case, DEVICE, top, seconds=seconds, timings=timings)
+        about = ("stage", "group", "items", "unit", "sweep", "bytes", "flops")
+        record = {name: getattr(case, name) for name in about} | {"ceilings": top._asdict(), "contenders": results}
+        request.config.stash[RECORDS][case.name] = record
         print(f"\n{describe(case.name, record)}", end="")
-        benchmark.extra_info |= results
-        benchmark.group = case.stage
-        ours = next(name for name in case.contenders if name.startswith("ours"))
-        assert "us" in results[ours], results[ours]
-        benchmark.pedantic(case.contenders[ours].prepare(case.make(device)), rounds=5, warmup_rounds=2)
+        add_rows(benchmark, case, results, timings)
+        ours = results[next(name for name in case.contenders if name.startswith("ours"))]
+        assert "us" in ours or "noisy" in ours, ours
+        return results
 
     return run
 
 
+def add_rows(
+    benchmark: Any, case: Case, results: Mapping[str, Mapping[str, Any]], timings: Mapping[str, Timing]
+) -> None:
+    """A row of pytest-benchmark for each contender that has a time, from the samples it was taken of.
+
+    Through its fixture's private `_make_stats`, since what is public times calls by itself, one contender at a time.
+    """
+    benchmark._mode = "in turns"
+    if not benchmark.enabled:
+        return
+    about = {name: getattr(case, name) for name in ("stage", "items", "unit", "sweep", "bytes", "flops")}
+    for name, timing in timings.items():
+        row = benchmark._make_stats(iterations=1)
+        row.group = case.stage
+        row.name, row.fullname = f"{case.name}: {name}", f"{benchmark.fullname}: {name}"
+        row.extra_info = {**about, "case": case.name, "contender": name, **results[name]}
+        for seconds in timing.samples:
+            row.update(seconds)
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """Without what differs from run to run on the same machine, such as the clock's present rate."""
+    cpu = machine_info["cpu"]
+    machine_info["cpu"] = {name: value for name, value in cpu.items() if not name.startswith("hz_actual")}
+    machine_info |= {"device": device_name(), "versions": versions()}
+
+
+def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
+    commit_info["commit"] = commit()
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    if TOP in config.stash:
+        output_json["ceilings"] = config.stash[TOP]._asdict()
+
+
 def pytest_report_header() -> str:
     return f"device: {device_name()}, torch {torch.__version__}"
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if TOP not in config.stash:
+        return
+    records = config.stash[RECORDS]
+    terminalreporter.section("beside ours")
+    terminalreporter.line(f"{device_name()}: {described(config.stash[TOP], DEVICE)}")
+    for line in exceptions(records):
+        terminalreporter.line(line)

@@ -1,4 +1,4 @@
-"""What is required of the kernels on an H100, and how a results file stands beside it.
+"""What is required of the kernels on an H100, how a results file stands beside it, and how results are shown.
 
 Every line takes the worst of its cases. A ratio is a contender's time divided by ours, so that more is better.
 """
@@ -6,6 +6,9 @@ Every line takes the worst of its cases. A ratio is a contender's time divided b
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
+
+from benchmarks.measure import Ceilings
 from benchmarks.results import is_current
 
 Record = Mapping[str, Any]  # of a case: "bytes", "group", "contenders": {name: result}, ...
@@ -25,10 +28,15 @@ class Missing(Exception):
 def result(record: Record, name: str, unit: str = "us") -> float:
     found = record["contenders"].get(name, {})
     if unit not in found:
-        said = "; ".join(f"{kind}: {why}" for kind, why in found.items() if isinstance(why, str))
+        said = reasons(found)
         fault = name.startswith("ours") and bool({"wrong", "failed"} & found.keys())
         raise Missing(f"{name}: {said or f'no {unit}'}", fault)
     return found[unit]
+
+
+def reasons(found: Record) -> str:
+    """Why a contender has no time."""
+    return "; ".join(f"{kind}: {why}" for kind, why in found.items() if isinstance(why, str))
 
 
 def ratio(other: str, ours: str = "ours", unit: str = "us") -> Callable[[Record], float]:
@@ -223,10 +231,11 @@ def finished(results: Mapping[str, Any]) -> dict[str, Record]:
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """Each requirement with its value, bar and verdict, then every case with its contenders."""
+    """On a GPU each requirement with its value, bar and verdict; then every case with its contenders."""
     cases = finished(results)
-    lines = [f"{'requirement':<58}{'value':>8}{'required':>10}{'aim':>7}  verdict, worst case"]
-    for found in (standing(line, cases) for line in LINES):
+    gpu = results.get("capability", "sm_").startswith("sm_")
+    lines = [f"{'requirement':<58}{'value':>8}{'required':>10}{'aim':>7}  verdict, worst case"] if gpu else []
+    for found in (standing(line, cases) for line in LINES if gpu):
         shown = ["" if n is None else f"{n:.3g}" for n in (found.value, found.line.required, found.line.aim)]
         verdict = f"{found.verdict}, {found.case}" if found.verdict else found.case
         lines.append(f"{found.line.text:<58}{shown[0]:>8}{shown[1]:>10}{shown[2]:>7}  {verdict}")
@@ -236,25 +245,63 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def describe(name: str, record: Record) -> str:
-    """A case: median GPU time, quartiles, share of the ceiling and error of each contender."""
+    """A case: median time, quartiles, ratio to ours, share of the ceiling and error of each contender."""
     work = f" · {record['bytes'] / 1e6:.1f} MB, {record['flops'] / 1e9:.1f} GFLOP" if record["bytes"] else ""
     lines = [name + work]
     lines += [f"  {kind}: {record[kind]}" for kind in ("failed", "skipped") if kind in record]
     if record.get("copies") == 1 and record["bytes"]:
-        lines.append("  memory had room for one copy of the inputs: parts of it may be read from the L2 cache")
+        lines.append("  there is one copy of the inputs: parts of it may be read from the cache")
     for contender, found in record["contenders"].items():
         if "us" not in found:
-            lines.append(f"  {contender:<32}" + "; ".join(f"{kind}: {why}" for kind, why in found.items()))
+            lines.append(f"  {contender:<32}{reasons(found)}")
             continue
         low, high = found["quartiles_us"]
         said = f"  {contender:<32}{found['us']:>11.1f} µs ({low:.1f} to {high:.1f})"
+        said += f"{ratio_said(found):>30}" if "ratio" in found else ""
         said += f"{found['share_of_ceiling']:>8.1%} of the ceiling" if "share_of_ceiling" in found else ""
+        if record.get("items"):
+            said += f", {record['items'] / found['us'] * 1e6:.4g} {record['unit']}/s"
         said += f", error {found['error_in_plain_errors']:g} of plain" if found["error_in_plain_errors"] else ""
         for unit, text in (("wall_us", "{:.1f} µs wall"), ("syncs", "{} syncs"), ("peak_bytes", "{:.3e} bytes peak")):
             said += f", {text.format(found[unit])}" if unit in found else ""
         said += f", host-bound {found['host_bound']:.0%}" if found["host_bound"] else ""
         lines += [said, *_of_step(found, record), *_of_answers(found)]
     return "\n".join(lines)
+
+
+def ratio_said(found: Record) -> str:
+    return "{median:.2f} × ours ({low:.2f} to {high:.2f})".format(**found["ratio"])
+
+
+def described(top: Ceilings, device: torch.device) -> str:
+    kind = "bfloat16" if device.type == "cuda" else "float32"
+    return (
+        f"this device copies {top.bytes_per_second / 1e9:.1f} GB/s, read + write, and multiplies {kind} matrices at "
+        f"{top.flops_per_second / 1e12:.3g} TFLOP/s"
+    )
+
+
+def exceptions(cases: Mapping[str, Record]) -> list[str]:
+    """What a table of times and ratios does not say: who has no time and why, and which others are faster than ours."""
+    missing: dict[tuple[str, str], list[str]] = {}  # cases by contender and reason
+    faster, compared = [], 0
+    for case, record in cases.items():
+        for kind in ("failed", "skipped"):
+            if kind in record:
+                missing.setdefault(("the whole case", f"{kind}: {record[kind]}"), []).append(case)
+        for name, found in record["contenders"].items():
+            if "us" not in found:
+                missing.setdefault((name, reasons(found)), []).append(case)
+            elif "ratio" in found:
+                compared += 1
+                if found["ratio"]["median"] < 1:
+                    faster.append(f"  {case}: {name}, {ratio_said(found)}")
+    lines = [f"{len(faster)} of {compared} contenders of {len(cases)} cases are faster than ours", *faster]
+    if missing:
+        lines.append("without a time:")
+    for (name, why), found_in in missing.items():
+        lines.append(f"  {name}: {why} ({found_in[0] if len(found_in) == 1 else f'{len(found_in)} cases'})")
+    return lines
 
 
 def _of_step(found: Record, record: Record) -> list[str]:

@@ -1,5 +1,11 @@
-"""The results file of a GPU: what it holds, when a case in it still counts, and writing it so that it is never half."""
+"""The results file of a device: what it holds, when a case in it still counts, and writing it so that it is never half.
 
+A case counts while the code is the same that it depends on: the kernels, its own file of benchmarks with what that
+imports from this folder, the packages beneath, and for one that trains the model and training too. Records from before
+files were told apart name no file; they count while `code` of their file is theirs, and each names its commit.
+"""
+
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -15,14 +21,9 @@ import torch
 
 from benchmarks.case import Case
 
-ROOT = Path(__file__).parents[1]
-MEASURING = (
-    "case.py",
-    "measure.py",
-    "shapes.py",
-    "stages.py",
-    "work.py",
-)  # with bench_*.py, the files that a number depends on
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+SHOWING = {"conftest", "requirements", "results", "run"}  # say how results are asked for, kept and shown
 PEERS = ("flash_attn", "xformers", "liger_kernel", "apex")
 
 
@@ -34,11 +35,28 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(fresh, path)
 
 
-def code_hash(root: Path = ROOT) -> str:
-    """Of the kernels, of what measures them, and of the packages beneath: a case measured with other code is stale."""
+def code_hash(root: Path = ROOT, file: str = "") -> str:
+    """Of what a case of this file of benchmarks depends on, or one of none, made by hand, beside model and training."""
     folder = root / "benchmarks"
-    files = sorted(root.glob("kernels/aligngpt_kernels/**/*.py")) + sorted(folder.glob("bench_*.py"))
-    return _hash(root, [*files, *(folder / name for name in MEASURING)], repr(sorted(versions().items())))
+    names = imported(folder, file) if file else {"case", "measure", "shapes"}
+    files = sorted(root.glob("kernels/aligngpt_kernels/**/*.py")) + [folder / f"{name}.py" for name in sorted(names)]
+    return _hash(root, files, repr(sorted(versions().items())))
+
+
+def imported(folder: Path, name: str) -> set[str]:
+    """The module and all of the folder that it imports, however late, but those that only show."""
+    found, new = set[str](), {name}
+    while new:
+        module = new.pop()
+        found.add(module)
+        for node in ast.walk(ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{name}" for name in names]
+            parts = [name.split(".") for name in names]
+            new |= {p[1] for p in parts if p[0] == "benchmarks" and (folder / f"{p[1]}.py").exists()}
+        new -= found | SHOWING
+    return found
 
 
 def training_hash(root: Path = ROOT) -> str:
@@ -76,41 +94,72 @@ def commit(root: Path = ROOT) -> str:
     return name + ("+" if changed.strip() else "")
 
 
+def device_name() -> str:
+    """The device that times are taken on, for example "AMD EPYC, 2 threads"."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
 class Results:
     """The file of one device, read when it is there."""
 
     def __init__(self, folder: Path, device_name: str, capability: str) -> None:
         slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-        self.path, self.code, self.training_code = folder / f"{slug}.json", code_hash(), training_hash()
+        self.path, self.training_code = folder / f"{slug}.json", training_hash()
         self.content: dict[str, Any] = {"cases": {}}
         if self.path.exists():
             self.content = json.loads(self.path.read_text(encoding="utf-8"))
         self.content |= {"device": device_name, "capability": capability, "versions": versions(), "commit": commit()}
-        self.content |= {"code": self.code, "training_code": self.training_code}
+        self.content |= {"training_code": self.training_code}
+        self.codes: dict[str, str] = self.content.setdefault("codes", {})  # of each file of benchmarks
+        self.codes |= {file: code_hash(file=file) for file in self.codes if not file or (HERE / f"{file}.py").exists()}
 
     def save(self) -> None:
         write_json(self.path, self.content)
 
+    def code(self, case: Case) -> str:
+        if case.file not in self.codes:
+            self.codes[case.file] = code_hash(file=case.file)
+        return self.codes[case.file]
+
+    def is_current(self, case: Case, record: Mapping[str, Any]) -> bool:
+        """Whether the case was measured with the code that is here."""
+        training = self.training_code if case.trains else None
+        return (record["code"], record.get("training_code")) == (self.code(case), training)
+
     def record(self, case: Case) -> dict[str, Any]:
-        """The record of a case, emptied if it was made with other code."""
+        """The record of a case, emptied if it was made with other code, to be finished if it was noisy."""
         found = self.content["cases"].get(case.name)
-        if found is None or not is_current(found, vars(self)):
-            found = {"code": self.code, "contenders": {}, "finished": False}
+        if found is None or not self.is_current(case, found):
+            found = {"code": self.code(case), "file": case.file, "contenders": {}, "finished": False}
             if case.trains:
                 found["training_code"] = self.training_code
             self.content["cases"][case.name] = found
+        elif is_noisy(found):
+            found["finished"] = False
         names = ("stage", "group", "items", "unit", "sweep", "bytes", "flops", "dispatch")
         about = {name: getattr(case, name) for name in names}
         found |= about | {"commit": self.content["commit"]} if not found["finished"] else about
         return found
 
     def left(self, cases: Sequence[Case]) -> list[Case]:
-        """The cases still to be run; last those that an earlier run ended inside."""
-        records = {name: r for name, r in self.content["cases"].items() if is_current(r, vars(self))}
-        left = [case for case in cases if not records.get(case.name, {}).get("finished")]
+        """The cases still to be run; last those that were too noisy or that an earlier run ended inside."""
+        known = self.content["cases"]
+        records = {c.name: known[c.name] for c in cases if c.name in known and self.is_current(c, known[c.name])}
+        done = {name for name, record in records.items() if record["finished"] and not is_noisy(record)}
+        left = [case for case in cases if case.name not in done]
         return sorted(left, key=lambda case: bool(records.get(case.name, {}).get("contenders")))
 
 
-def is_current(record: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a case was measured with the code of a file's last writer."""
-    return all(record[kind] == now[kind] for kind in ("code", "training_code") if kind in record)
+def is_noisy(record: Mapping[str, Any]) -> bool:
+    return any("noisy" in found for found in record["contenders"].values())
+
+
+def is_current(record: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
+    """Whether a case was measured with the code of its file's last writer, who may have run other cases only."""
+    code = content["codes"].get(record["file"]) if "file" in record else content.get("code")
+    return record["code"] == code and record.get("training_code") in (None, content.get("training_code"))

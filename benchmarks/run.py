@@ -1,47 +1,61 @@
-"""`python -m benchmarks.run`: every case on this GPU, into results/<gpu>.json after each one.
+"""`python -m benchmarks.run`: every case on this device, into results/<device>.json after each one.
 
-A case that the file holds for the same code, packages and device is not run again, so a run that was stopped goes on
-where it was. It stops by itself before --seconds are over, with status 3 while cases are left. What ends the process
-(a kernel that hangs and is killed, an illegal address) is recorded against the contender it happened in and not run
-again until the code changes. Whoever ran when the time was over gets a second try: it may only have compiled.
+The cases are those of every bench_*.py of this folder: `cases()` on a GPU, `cpu_cases()` elsewhere.
+
+A case that the file holds for the same code, packages and device is not run again unless a contender was too noisy, so
+a run that was stopped goes on where it was. It stops by itself before --seconds are over, with status 3 while cases are
+left. What ends the process (a kernel that hangs and is killed, an illegal address) is recorded against the contender it
+happened in and not run again until the code changes. Whoever ran when the time was over gets a second try: it may only
+have compiled.
 """
 
 import argparse
+import dataclasses
+import importlib
 import json
+import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import bench_chain, bench_decode, bench_gate, bench_injection, bench_loss, bench_projector, need_gpu
 from benchmarks.case import ENDED, ROOM, Case, DeviceLost, check_device, run_case
 from benchmarks.case import free as free_memory
-from benchmarks.measure import Ceilings, ceilings, free_bytes
-from benchmarks.requirements import describe, summary
-from benchmarks.results import Results, write_json
+from benchmarks.measure import Ceilings, ceilings, free_bytes, keep_freed_memory
+from benchmarks.requirements import describe, described, summary
+from benchmarks.results import Results, device_name, write_json
 
 NOT_FINISHED, LOST = 3, 4  # exit statuses
 RESERVE_SECONDS, MOST_RESERVED = 60, 200  # for a case, until one took longer; and then at most
+FIRST = [f"bench_{name}" for name in ("projector", "injection", "chain", "loss", "gate", "step", "generate")]
+LAST = "bench_decode"
+GPU = torch.device("cuda")
 OURS = ("aligngpt_kernels", "aligngpt", "training", "benchmarks")
 GRACE_SECONDS = 15  # after its time, until a process counts as hung
 
 
-def all_cases() -> list[Case]:
-    """Those of requirements first; decoding, which has the most, last. Training and answering need more packages."""
-    files: list[Any] = [bench_projector, bench_injection, bench_chain, bench_loss, bench_gate]
-    try:
-        from benchmarks import bench_generate, bench_step
-
-        files += [bench_step, bench_generate]
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in OURS:
-            raise
-        print(f"left out: training and answering, the package {error.name} is not installed", flush=True)
-    return [case for file in [*files, bench_decode] for case in file.cases()]
+def all_cases(device: torch.device = GPU) -> list[Case]:
+    """Those of requirements first; decoding, which has the most, last. A file that can't be read here is named."""
+    names = {file.stem for file in Path(__file__).parent.glob("bench_*.py")}
+    found = []
+    for name in [*FIRST, *sorted(names - {*FIRST, LAST}), LAST]:
+        kind = "cases" if device.type == "cuda" else "cpu_cases"
+        try:
+            make: Callable[[], list[Case]] | None = getattr(importlib.import_module(f"benchmarks.{name}"), kind, None)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] in OURS:
+                raise
+            print(f"left out: {name}, the package {error.name} is not installed", flush=True)
+            continue
+        if make is None:
+            print(f"left out: {name} has no {kind}", flush=True)
+            continue
+        found += [dataclasses.replace(case, file=name) for case in make()]
+    return found
 
 
 def run_cases(
@@ -86,19 +100,24 @@ def _run(
             record |= {"failed": f"{type(error).__name__}: {error}"[:300], "finished": True}
             results.save()
             check_device(device, case.name)
-    record["finished"] = True
+    record |= {"finished": True, "tries": 0}
 
 
-def work(folder: Path, only: str, seconds: float) -> int:
+def work(folder: Path, only: str, seconds: float, probe_seconds: float) -> int:
     """Measure in this process; its exit status."""
     deadline = time.monotonic() + seconds
     torch.manual_seed(0)
-    device = torch.device("cuda", torch.cuda.current_device())
-    major, minor = torch.cuda.get_device_capability(device)
-    results = Results(folder, torch.cuda.get_device_name(device), f"sm_{major}{minor}")
-    top = ceilings(device)
-    torch.cuda.empty_cache()
-    cases = [case for case in all_cases() if only in case.name]
+    device, capability = torch.device("cpu"), platform.machine()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    else:
+        keep_freed_memory()
+    results = Results(folder, device_name(), capability)
+    cases = [case for case in all_cases(device) if only in case.name]
+    top = ceilings(device, probe_seconds)
+    print(described(top, device), flush=True)
+    free_memory(device)
     try:
         left = run_cases(cases, results, device, top, deadline)
     except DeviceLost as lost:
@@ -116,7 +135,7 @@ Mark = tuple[str, str, str]  # case, its code, and a contender that a process en
 
 
 def marks(file: Path) -> set[Mark]:
-    cases = json.loads(file.read_text(encoding="utf-8"))["cases"]
+    cases = json.loads(file.read_text(encoding="utf-8")).get("cases", {})  # the folder may hold other files
     return {
         (case, record["code"], name)
         for case, record in cases.items()
@@ -164,13 +183,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the files")
     parser.add_argument("--seconds", type=float, default=440, help="stop before these are over")
+    parser.add_argument("--probe-seconds", type=float, default=20, help="of copies and products at the start")
     parser.add_argument("--only", default="", help="run cases whose name contains this")
     parser.add_argument("--worker", action="store_true", help="measure in this process, without a second one to watch")
     arguments = parser.parse_args()
-    need_gpu.main("make bench-gpu")
     if arguments.worker:
-        return work(arguments.results, arguments.only, arguments.seconds)
+        return work(arguments.results, arguments.only, arguments.seconds, arguments.probe_seconds)
     rest = ["--worker", "--results", str(arguments.results), "--only", arguments.only]
+    rest += ["--probe-seconds", str(arguments.probe_seconds)]
     return supervise([sys.executable, "-m", "benchmarks.run", *rest], arguments.seconds, arguments.results)
 
 

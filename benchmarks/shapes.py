@@ -7,6 +7,8 @@ VOCABULARY, VOCABULARY_LLAMA3 = 32000, 128256
 LEVELS, GATE_HIDDEN = 8, 256
 HEADS, KV_HEADS_GQA, HEAD_DIM = 32, 8, 128
 
+CPU_WIDTH = 1024  # where two cores have to do
+
 IMAGES = 16  # samples of a micro-batch, one image each
 TEXT = 128  # text tokens of its longest sample, BOS among them
 LOSS_ROWS, SUPERVISED = 16384, 0.15  # of a packed micro-batch, and the part of them that carries a label

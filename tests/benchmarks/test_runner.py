@@ -1,6 +1,8 @@
 """The GPU benchmark's machinery, on a CPU: who is timed, what is recorded, how a stopped run goes on, what it says."""
 
 import json
+import platform
+import re
 import subprocess
 import sys
 import time
@@ -20,11 +22,12 @@ from benchmarks import case as case_module
 from benchmarks import run as runner
 from benchmarks.case import ENDED, Absent, Case, Contender, DeviceLost, run_case, simple
 from benchmarks.measure import Ceilings, compare, take_turns
-from benchmarks.results import MEASURING, Results, code_hash, commit, write_json
+from benchmarks.results import Results, code_hash, commit, write_json
 from benchmarks.run import all_cases, run_cases, supervise
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(1e9, 1e9)
+RATIO = ("low", "median", "high")
 
 
 def double_it(x: Tensor) -> list[Tensor]:
@@ -303,7 +306,15 @@ def test_who_is_noisy_has_a_sentence_and_no_number(monkeypatch):
     assert not asked
     assert noisy["rounds"] == results["peer"]["rounds"] == 3 * measure.PATIENCE
     assert results["peer"]["ratio"]["median"] == 1
-    assert "spreads over 67%" in requirements.describe("x", {"bytes": 0, "contenders": results})
+    shown = {"bytes": 0, "contenders": results | {"fast": results["peer"] | {"ratio": dict.fromkeys(RATIO, 0.5)}}}
+    assert "spreads over 67%" in requirements.describe("x", shown)
+    assert requirements.exceptions({"x": shown, "y": {**shown, "contenders": {"noisy": {"absent": "why"}}}}) == [
+        "1 of 2 contenders of 2 cases are faster than ours",
+        "  x: fast, 0.50 × ours (0.50 to 0.50)",
+        "without a time:",
+        f"  noisy: noisy: {noisy['noisy']} (x)",
+        "  noisy: absent: why (y)",
+    ]
 
     results = run_case(make_case(contenders={"ours": jumping, "peer": steady}), CPU, seconds=0)
     assert "us" not in results["ours"]
@@ -438,30 +449,122 @@ def test_a_finished_case_is_not_run_again(results):
     assert again.content["cases"]["a"]["finished"]
 
 
+def test_a_noisy_case_is_run_again_last_but_those_of_other_runs_are_not(results, monkeypatch):
+    clock = FakeClock(monkeypatch)
+    jumping = clock.contender(lambda call: 1 + 2 * (call % 2) if call < 40 else 1.0)
+    steady = clock.contender(lambda call: 1.0)
+    cases = [make_case(name, contenders={"ours": steady}) for name in "bc"]
+    cases.insert(0, make_case("a", contenders={"ours": steady, "peer": jumping}))
+    assert run(cases[:2], results()) == 0
+    assert "noisy" in results().content["cases"]["a"]["contenders"]["peer"]
+    assert names(results().left(cases)) == ["c", "a"]
+    assert run(cases, results()) == 0
+    found = results().content["cases"]["a"]
+    assert found["finished"]
+    assert "us" in found["contenders"]["peer"]
+    assert results().left(cases) == []
+
+
 def test_other_code_makes_a_case_stale(results):
     case = make_case()
     run([case], results())
     changed = results()
-    changed.code = "other"
+    changed.codes[case.file] = "other"
     assert changed.left([case]) == [case]
-    assert list(requirements.finished(changed.content)) == ["a case"]
-    assert requirements.finished(changed.content | {"code": "other"}) == {}
+    assert requirements.finished(changed.content) == {}
+    assert list(requirements.finished(results().content)) == ["a case"]
     assert changed.record(case)["contenders"] == {}
 
 
-def test_the_code_is_that_of_kernels_and_cases(tmp_path):
+def test_other_code_of_one_file_leaves_the_others_cases(results):
+    cases = [make_case("a", file="bench_gate"), make_case("b", file="bench_loss")]
+    run(cases, results())
+    changed = results()
+    changed.codes["bench_gate"] = "other"
+    assert names(changed.left(cases)) == ["a"]
+    assert list(requirements.finished(changed.content)) == ["b"]
+    assert run(cases, changed) == 0
+    assert names(changed.left(cases)) == []
+
+
+def test_records_from_before_files_were_told_apart_remain(results):
+    old, older = ({**record("gate", {"ours": 1}), "code": code} for code in ("then", "before"))
+    write_json(results().path, {"code": "then", "cases": {"a": old, "b": older}})
+    assert run([make_case("c")], results()) == 0
+    assert list(requirements.finished(results().content)) == ["a", "c"]
+    assert names(results().left([make_case("a"), make_case("c")])) == ["a"]
+
+
+def test_the_recorded_results_are_read():
+    for file in (Path(__file__).parents[2] / "benchmarks/results").glob("*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if "cases" not in content:
+            continue
+        assert requirements.finished(content), file
+        assert all(name in requirements.summary(content) for name in requirements.finished(content))
+
+
+def test_the_code_is_that_of_kernels_and_what_the_cases_import(tmp_path):
     (tmp_path / "kernels/aligngpt_kernels").mkdir(parents=True)
     (tmp_path / "benchmarks").mkdir()
-    files = ["kernels/aligngpt_kernels/gate.py", "benchmarks/bench_gate.py", "benchmarks/measure.py"]
-    for file in [*files, *(f"benchmarks/{name}" for name in MEASURING), "benchmarks/requirements.py"]:
-        (tmp_path / file).write_text("1")
-    hashes = [code_hash(tmp_path)]
-    for file in files:
-        (tmp_path / file).write_text("2")
-        hashes.append(code_hash(tmp_path))
+    texts = dict.fromkeys(("measure", "shapes", "requirements", "bench_other", "conftest"), "")
+    texts["bench_gate"] = "from benchmarks import bench_injection\nfrom benchmarks.case import Case"
+    texts["bench_injection"] = "def later():\n    import benchmarks.lengths"
+    texts["case"] = "from benchmarks.measure import Run\nfrom benchmarks.conftest import x"
+    texts["lengths"] = "import json\nfrom benchmarks.bench_gate import x\nfrom json import loads"
+    for name, text in texts.items():
+        (tmp_path / f"benchmarks/{name}.py").write_text(text)
+    (tmp_path / "kernels/aligngpt_kernels/gate.py").write_text("1")
+    hashes = [code_hash(tmp_path, "bench_gate")]
+    for name in ("bench_gate", "bench_injection", "case", "measure", "lengths"):
+        with (tmp_path / f"benchmarks/{name}.py").open("a") as file:
+            file.write("\n")
+        hashes.append(code_hash(tmp_path, "bench_gate"))
+    (tmp_path / "kernels/aligngpt_kernels/gate.py").write_text("2")
+    hashes.append(code_hash(tmp_path, "bench_gate"))
     assert len(set(hashes)) == len(hashes)
-    (tmp_path / "benchmarks/requirements.py").write_text("2")  # says how results are shown
-    assert code_hash(tmp_path) == hashes[-1]
+    for name in ("requirements", "conftest", "bench_other"):
+        (tmp_path / f"benchmarks/{name}.py").write_text("2")
+    assert code_hash(tmp_path, "bench_gate") == hashes[-1]
+
+
+def test_every_file_of_benchmarks_is_asked(monkeypatch, capsys):
+    """Those that have no cases for a CPU, or whose package is missing, are named."""
+    monkeypatch.setitem(sys.modules, "benchmarks.bench_gate", None)
+    with pytest.raises(ModuleNotFoundError):
+        all_cases(CPU)  # ours
+
+    def import_module(name: str) -> Any:
+        if name.endswith("bench_step"):
+            raise ModuleNotFoundError(name="transformers")
+        return SimpleNamespace(**({} if name.endswith("loss") else {"cpu_cases": lambda: [make_case(name)]}))
+
+    monkeypatch.setattr(runner.importlib, "import_module", import_module)
+    capsys.readouterr()
+    cases = all_cases(CPU)
+    files = {file.stem for file in Path(runner.__file__).parent.glob("bench_*.py")}
+    assert {case.file for case in cases} == files - {"bench_step", "bench_loss"}
+    assert all(case.name == f"benchmarks.{case.file}" for case in cases)
+    said = capsys.readouterr().out
+    assert "left out: bench_step, the package transformers is not installed" in said
+    assert "left out: bench_loss has no cpu_cases" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="`make bench-gpu` does so")
+def test_a_machine_without_a_gpu_is_recorded_by_its_own_name(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(runner, "all_cases", lambda device: [make_case("a"), make_case("b", file="bench_gate")])
+    monkeypatch.setattr(runner, "ceilings", lambda device, seconds: CEILINGS)
+    monkeypatch.setattr(runner, "keep_freed_memory", lambda: None)  # this process's
+    assert runner.work(tmp_path, "b", 1000, 0) == 0
+    (file,) = tmp_path.iterdir()
+    content = json.loads(file.read_text())
+    assert re.sub(r"[^a-z0-9]+", "-", content["device"].lower()).strip("-") == file.stem
+    assert content["capability"] == platform.machine()
+    assert list(content["cases"]) == ["b"]
+    assert content["cases"]["b"]["code"] == content["codes"]["bench_gate"] == code_hash(file="bench_gate")
+    said = capsys.readouterr().out
+    assert "multiplies float32 matrices" in said
+    assert requirements.LINES[0].text not in said  # those are a GPU's
 
 
 def test_it_stops_while_there_is_time_for_no_more_cases(results):

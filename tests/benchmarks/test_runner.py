@@ -201,7 +201,8 @@ def test_turns_go_through_all_copies_and_all_contenders():
 
     timings = take_turns({name: [call(name, copy) for copy in range(3)] for name in "ab"}, CPU, 0)
     timed = seen[4:]  # after two calls of each to warm up
-    assert [name for name, _ in timed[:6]] == list("ababab")
+    turns = "".join(name for name, _ in timed)
+    assert {turns[i : i + 2] for i in range(0, len(turns), 2)} == {"ab", "ba"}  # nobody always follows the same one
     assert [copy for _, copy in timed[:6]] == [0, 1, 2, 0, 1, 2]
     assert {timing.rounds for timing in timings.values()} == {measure.MIN_ROUNDS}
 

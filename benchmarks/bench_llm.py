@@ -1,10 +1,11 @@
 """The LLM without its head, forward and forward + backward: packed by our attention against padded batches.
 
 Samples are as long as those of LLaVA's data (lengths.py). Ours gets them in one row, as training does, with the
-attention that `aligngpt.attention` chooses; each other back-end of it is a contender too. The others get the same samples
-padded to the longest: eager, SDPA, the same compiled, and Llama's norms, MLP and rotation by Liger. What is compared is
-the hidden state of every token and, backward, the gradient of the embeddings and of two weights, one of the first layer
-and one of the last, all without padding. Exact, and plain, is the model on one sample after the other, eager.
+attention that `aligngpt.attention` chooses; each other back-end of it is a contender too. The others get the same
+samples padded to the longest: eager, SDPA, the same compiled, and Llama's norms, MLP and rotation by Liger. What is
+compared is the hidden state of every token and, backward, the gradient of the embeddings and of two weights, one of the
+first layer and one of the last, all without padding. Exact, and plain, is the model on one sample after the other,
+eager.
 
 FLOPs are those of training/flops.py for the tokens that there are, padding not counted, so the share of the ceiling
 says what packing brings. Bytes are the weights once for each pass, embeddings, states and gradients.

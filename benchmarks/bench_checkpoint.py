@@ -4,14 +4,15 @@ Ours is `Checkpoints.save`, which copies to host memory in a thread, writes, has
 `torch.save` of the same tensors, synced to the disk; torch.distributed.checkpoint (DCP) as it comes, which syncs too;
 and its `async_save`. The weights are sharded over a world of one, as in training. `us` is the time until everything is
 on the disk, `held_us` until the next step may change the weights. Each must give back the same bits when it is read.
-A checkpoint is read from the device once and written to the disk once; ours is read once more, to hash it.
+A checkpoint is read from the device once and written to the disk once; ours is read once more, to hash it. All keep the
+last one alone, and the time has the removal of the one before in it.
 """
 
 import dataclasses
 import itertools
 import os
+import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from benchmarks.bench_optimizer import Shapes, weights_of
-from benchmarks.bench_step import world_of_one
+from benchmarks.bench_step import Folder, world_of_one
 from benchmarks.case import Case, Contender
 from benchmarks.measure import Outputs, synchronize
 from training import checkpoints, optim
@@ -37,7 +38,7 @@ HELD_ROUNDS = 3
 class State(NamedTuple):
     model: nn.Module
     optimizer: torch.optim.Optimizer  # after a step
-    folder: tempfile.TemporaryDirectory[str]  # goes with this
+    folder: Folder
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, by name; DTensors but for the counts of steps."""
@@ -48,7 +49,7 @@ class State(NamedTuple):
         return found
 
     def of(self, contender: str) -> Path:
-        return Path(self.folder.name) / contender
+        return self.folder.path / contender
 
 
 def make(device: torch.device, of: Shapes) -> State:
@@ -62,7 +63,7 @@ def make(device: torch.device, of: Shapes) -> State:
         local(parameter.grad).normal_()
     optimizer.step()
     optimizer.zero_grad()
-    return State(model, optimizer, tempfile.TemporaryDirectory())
+    return State(model, optimizer, Folder())
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -138,17 +139,21 @@ def read_torch_save(state: State, outputs: Outputs) -> Outputs:
     return list(torch.load(state.of("torch.save"), weights_only=True).values())
 
 
+def emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
 def dcp_save(state: State) -> Saving:
     tensors = state.tensors()
-    return Saving(lambda: dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(state.of("DCP"), overwrite=True)))
+    return Saving(lambda: dcp.save(dict(tensors), checkpoint_id=emptied(state.of("DCP"))))
 
 
 def dcp_async(state: State) -> Saving:
     tensors, pending = state.tensors(), []
 
     def hold() -> None:
-        writer = dcp.FileSystemWriter(state.of("DCP, async"), overwrite=True)
-        pending.append(dcp.async_save(dict(tensors), storage_writer=writer))
+        pending.append(dcp.async_save(dict(tensors), checkpoint_id=emptied(state.of("DCP, async"))))
 
     def finish() -> None:
         saved: Any = pending.pop()

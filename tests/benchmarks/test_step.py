@@ -130,7 +130,7 @@ def test_stages_in_place_do_what_count_flops_counts(stage):
     assert set(OF_TRAINING) == {*rows, *found["rest"]} - {"unmarked"}
     assert all(row["us"] > 0 and row["items"] > 0 and row["bytes"] > 0 for row in rows.values())
     trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
-    saved = sum(path.stat().st_size for path in Path(inputs.folder.name).glob("checkpoints/*/*.distcp"))
+    saved = sum(path.stat().st_size for path in inputs.folder.path.glob("checkpoints/*/*.distcp"))
     assert trained * 12 < rows["checkpoint"]["items"] <= saved
     # What the LLM keeps for the backward pass is at least its layers' inputs, and the backward pass lets it go.
     assert rows["LLM forward"]["peak_bytes"] > MICRO.layers * 4 * MICRO.width * max(b.num_tokens for b in step.batches)

@@ -14,7 +14,7 @@ from aligngpt_kernels import linear_cross_entropy, linear_cross_entropy_referenc
 from torch import Tensor
 
 from benchmarks.case import TOO_SMALL, Absent, Case, Contender, InTurns, compiled, our_impl, simple, with_grads
-from benchmarks.measure import Outputs, Run
+from benchmarks.measure import MIN_ROUNDS, Outputs, Run
 from benchmarks.shapes import CPU_WIDTH, LOSS_ROWS, SUPERVISED, VOCABULARY, VOCABULARY_LLAMA3, WIDTH
 
 IGNORED = -100
@@ -121,6 +121,7 @@ def case(
     width: int = WIDTH,
     dtype: torch.dtype = torch.bfloat16,
     compiles: bool = True,
+    rounds: int = MIN_ROUNDS,
 ) -> Case:
     supervised = round(SUPERVISED * rows)
 
@@ -158,6 +159,7 @@ def case(
         absent={} if compiles else {"full logits, torch.compile": TOO_SMALL},
         host=True,
         memory=True,
+        rounds=rounds,
     )
 
 
@@ -166,7 +168,7 @@ def cases() -> list[Case]:
 
 
 def cpu_cases() -> list[Case]:
-    here = partial(case, VOCABULARY, rows=1024, width=CPU_WIDTH // 4, dtype=torch.float32)
+    here = partial(case, VOCABULARY, rows=512, width=CPU_WIDTH // 4, dtype=torch.float32, rounds=5)
     return [here(trained=trained) for trained in (True, False)]
 
 

@@ -26,7 +26,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import shutil
 import tempfile
+import weakref
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -584,21 +586,29 @@ def shaped_case(size: Size, stage: Stage, dtype: torch.dtype, checkpointing: Che
 # ------------------------------------------------------------------------------------------------ stages in place
 
 
+class Folder:
+    """A temporary folder, which goes with this."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
 class InPlace(NamedTuple):
     """A global batch that is read anew for each step."""
 
     size: Size
     config: TrainConfig
     data: Data
-    folder: tempfile.TemporaryDirectory[str]  # of its images and of the checkpoints; goes with this
+    folder: Folder  # of its images and of the checkpoints
     expected: Tensor
     workers: int
 
 
 def make_in_place(device: torch.device, size: Size, stage: Stage, dtype: torch.dtype, workers: int) -> InPlace:
-    folder = tempfile.TemporaryDirectory()
-    config = dataclasses.replace(recipe(stage, dtype), run_dir=folder.name, keep_last=1)
-    data = Data.make(size, stage, Path(folder.name), size.global_batch)
+    folder = Folder()
+    config = dataclasses.replace(recipe(stage, dtype), run_dir=str(folder.path), keep_last=1)
+    data = Data.make(size, stage, folder.path, size.global_batch)
     alone = [ready(loaded, device) for loaded in data.padded(1).steps(device)]
     return InPlace(size, config, data, folder, mean_loss(size, config, alone), workers)
 

@@ -43,7 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if option.benchmark_storage == STORAGE and option.quick:
         option.benchmark_storage += "/quick"
     if option.benchmark_autosave is None and option.benchmark_save is None:
-        option.benchmark_autosave = commit()[:12] + ("-changed" if commit().endswith("+") else "")
+        name = commit()
+        option.benchmark_autosave = name[:12] + ("-changed" if name.endswith("+") else "")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -15,6 +15,7 @@ import ctypes
 import itertools
 import math
 import os
+import random
 import statistics
 import sys
 import time
@@ -128,8 +129,10 @@ def take_turns(
         return rounds >= min_rounds and (time.perf_counter() - started >= seconds or rounds >= max_rounds)
 
     most = math.inf
+    order, shuffle = list(ready.values()), random.Random(0).shuffle
     while rounds < most:
-        for contender in ready.values():
+        shuffle(order)  # who goes before may leave caches or clocks in another state
+        for contender in order:
             contender.sample(turn)
             turn += contender.queued
         rounds += 1

@@ -257,7 +257,7 @@ def describe(name: str, record: Record) -> str:
             continue
         low, high = found["quartiles_us"]
         said = f"  {contender:<32}{found['us']:>11.1f} µs ({low:.1f} to {high:.1f})"
-        said += f"{ratio_said(found):>26}" if "ratio" in found else ""
+        said += f"{ratio_said(found):>30}" if "ratio" in found else ""
         said += f"{found['share_of_ceiling']:>8.1%} of the ceiling" if "share_of_ceiling" in found else ""
         if record.get("items"):
             said += f", {record['items'] / found['us'] * 1e6:.4g} {record['unit']}/s"

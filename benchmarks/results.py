@@ -132,24 +132,31 @@ class Results:
         return (record["code"], record.get("training_code")) == (self.code(case), training)
 
     def record(self, case: Case) -> dict[str, Any]:
-        """The record of a case, emptied if it was made with other code."""
+        """The record of a case, emptied if it was made with other code, to be finished if it was noisy."""
         found = self.content["cases"].get(case.name)
         if found is None or not self.is_current(case, found):
             found = {"code": self.code(case), "file": case.file, "contenders": {}, "finished": False}
             if case.trains:
                 found["training_code"] = self.training_code
             self.content["cases"][case.name] = found
+        elif is_noisy(found):
+            found["finished"] = False
         names = ("stage", "group", "items", "unit", "sweep", "bytes", "flops", "dispatch")
         about = {name: getattr(case, name) for name in names}
         found |= about | {"commit": self.content["commit"]} if not found["finished"] else about
         return found
 
     def left(self, cases: Sequence[Case]) -> list[Case]:
-        """The cases still to be run; last those that an earlier run ended inside."""
+        """The cases still to be run; last those that were too noisy or that an earlier run ended inside."""
         known = self.content["cases"]
         records = {c.name: known[c.name] for c in cases if c.name in known and self.is_current(c, known[c.name])}
-        left = [case for case in cases if not records.get(case.name, {}).get("finished")]
+        done = {name for name, record in records.items() if record["finished"] and not is_noisy(record)}
+        left = [case for case in cases if case.name not in done]
         return sorted(left, key=lambda case: bool(records.get(case.name, {}).get("contenders")))
+
+
+def is_noisy(record: Mapping[str, Any]) -> bool:
+    return any("noisy" in found for found in record["contenders"].values())
 
 
 def is_current(record: Mapping[str, Any], content: Mapping[str, Any]) -> bool:

@@ -2,10 +2,11 @@
 
 The cases are those of every bench_*.py of this folder: `cases()` on a GPU, `cpu_cases()` elsewhere.
 
-A case that the file holds for the same code, packages and device is not run again, so a run that was stopped goes on
-where it was. It stops by itself before --seconds are over, with status 3 while cases are left. What ends the process
-(a kernel that hangs and is killed, an illegal address) is recorded against the contender it happened in and not run
-again until the code changes. Whoever ran when the time was over gets a second try: it may only have compiled.
+A case that the file holds for the same code, packages and device is not run again unless a contender was too noisy, so
+a run that was stopped goes on where it was. It stops by itself before --seconds are over, with status 3 while cases are
+left. What ends the process (a kernel that hangs and is killed, an illegal address) is recorded against the contender it
+happened in and not run again until the code changes. Whoever ran when the time was over gets a second try: it may only
+have compiled.
 """
 
 import argparse
@@ -99,7 +100,7 @@ def _run(
             record |= {"failed": f"{type(error).__name__}: {error}"[:300], "finished": True}
             results.save()
             check_device(device, case.name)
-    record["finished"] = True
+    record |= {"finished": True, "tries": 0}
 
 
 def work(folder: Path, only: str, seconds: float, probe_seconds: float) -> int:
@@ -134,7 +135,7 @@ Mark = tuple[str, str, str]  # case, its code, and a contender that a process en
 
 
 def marks(file: Path) -> set[Mark]:
-    cases = json.loads(file.read_text(encoding="utf-8"))["cases"]
+    cases = json.loads(file.read_text(encoding="utf-8")).get("cases", {})  # the folder may hold other files
     return {
         (case, record["code"], name)
         for case, record in cases.items()

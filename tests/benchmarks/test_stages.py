@@ -1,15 +1,28 @@
 """The table of a step by stage: what is measured goes to the stage that did it, nothing is lost or counted twice."""
 
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.models.llama import modeling_llama
 
 from aligngpt.stages import stage
-from benchmarks.stages import UNMARKED, StageWork, measure, peaks, waits
+from benchmarks import bench_checkpoint, bench_llm, bench_optimizer, bench_tower
+from benchmarks.bench_step import leave_world
+from benchmarks.case import Absent, Case, check
+from benchmarks.stages import TABLE, UNMARKED, StageWork, measure, peaks, waits
+from benchmarks.work import per_row
 
 CPU = torch.device("cpu")
 KILOBYTE = 1024
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _world():
+    yield
+    leave_world()
 
 
 def made(kilobytes: int) -> torch.Tensor:
@@ -99,3 +112,68 @@ def test_gradients_are_seen_in_the_stage_of_the_backward_pass():
     found = peaks(step, CPU)
     assert found["forward"] >= weight.nbytes
     assert found["backward"] >= weight.nbytes
+
+
+# ------------------------------------------------------------------------------------------------ stages by themselves
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for file in (bench_tower, bench_llm, bench_optimizer, bench_checkpoint) for case in file.small_cases()],
+    ids=lambda case: case.name,
+)
+def test_everyone_who_contends_for_a_stage_is_right(case: Case):
+    inputs = case.make(CPU)
+    exact, plain = case.exact(inputs), case.plain(inputs)
+    right = []
+    for name, contender in case.contenders.items():
+        try:
+            run = None if contender.gpu_only else contender.prepare(inputs)
+        except Absent:
+            continue
+        if run is not None:
+            assert "wrong" not in (found := check(case, name, inputs, run, plain, exact)), (name, found)
+            right.append(name)
+    assert right[0] == "ours"
+    assert len(right) >= 3
+    assert case.stage in TABLE
+
+
+def test_work_of_tower_and_llm_is_that_of_the_step():
+    """What the files of the stages state is what the step's table says of the same shapes."""
+    (case,) = bench_tower.small_cases()
+    model = case.make(CPU).model
+    images = int(case.items)
+    rows = model.config.image_seq_length
+    tower = per_row(model.model.vision_tower, torch.nn.Linear) * images * (rows + 1)
+    assert case.flops == 2 * (tower + per_row(model.model.vision_tower, torch.nn.Conv2d) * images * rows)
+    forward, both = bench_llm.small_cases()
+    llm = forward.make(CPU)
+    assert sum(llm.lengths) == forward.items == both.items
+    assert 3 * forward.flops == both.flops == 6 * forward.items * per_row(llm.model, torch.nn.Linear)
+
+
+def test_what_liger_replaces_is_replaced_for_its_calls_alone(monkeypatch):
+    before = modeling_llama.apply_rotary_pos_emb
+    calls = []
+
+    def theirs(*args, **kwargs):
+        calls.append(args)
+        return before(*args, **kwargs)
+
+    def apply_liger_kernel_to_llama(*, rope, cross_entropy, fused_linear_cross_entropy, rms_norm, swiglu, model):
+        modeling_llama.apply_rotary_pos_emb = theirs
+
+    module = SimpleNamespace(apply_liger_kernel_to_llama=apply_liger_kernel_to_llama)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=module))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", module)
+    (_, case) = bench_llm.small_cases()
+    inputs = case.make(CPU)
+    exact, plain = case.exact(inputs), case.plain(inputs)
+    name = "padded, SDPA, Liger"
+    found = check(case, name, inputs, case.contenders[name].prepare(inputs), plain, exact)
+    assert "wrong" not in found
+    assert len(calls) == bench_llm.SMALL.layers
+    check(case, "ours", inputs, case.contenders["ours"].prepare(inputs), plain, exact)
+    assert len(calls) == bench_llm.SMALL.layers
+    assert modeling_llama.apply_rotary_pos_emb is before

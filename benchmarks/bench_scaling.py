@@ -42,7 +42,6 @@ import pyarrow.parquet
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aligngpt import cli
@@ -57,7 +56,6 @@ from aligngpt.text import TokenIds, Tokenized
 from benchmarks import bench_chain, bench_generate, bench_loss, lengths, sets
 from benchmarks.bench_generate import Asked, Work, none_lacking, plain_lacking, shortfall
 from benchmarks.bench_step import (
-    CLIP_NORM,
     LLAMA_7B,
     SEED,
     SMALLEST,
@@ -77,7 +75,7 @@ from benchmarks.bench_step import (
 from benchmarks.case import Case, Contender
 from benchmarks.measure import Outputs, Run
 from benchmarks.worlds import Group, alone
-from training import loop, sharding
+from training import loop
 from training.config import TrainConfig
 from training.loader import Cut, Order, Part, Samples
 from training.plan import sample_lengths
@@ -164,7 +162,7 @@ def make_stepping(device: torch.device, size: Size, dtype: torch.dtype, samples:
 def stepping(made: Stepping) -> Run:
     model = make_model(made.size, made.config)
     optimizer = optimizer_of(model, lr=0.0)
-    return lambda: [train_step(model, optimizer, made.step, made.config.sharding)[0]]
+    return lambda: [train_step(model, optimizer, made.step, made.config)[0]]
 
 
 def step_case(size: Size, dtype: torch.dtype, samples: int) -> Case:
@@ -453,19 +451,14 @@ def join_step(size: Size, pickled: bytes) -> Callable[[], Reply]:
     batches = pickle.loads(pickled)[world.rank]
     (supervised,) = world.add(sum(batch.num_supervised for batch in batches))
     step = loop.Step(batches, 0, 0, int(supervised), 0, 0.0)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
 
     def take() -> Reply:
         before = resource.getrusage(resource.RUSAGE_SELF)
         with SentBytes() as sent:
-            sums = loop.forward_and_backward(model, step, config, world)
-            norm = sharding.whole(clip_grad_norm_(trained, CLIP_NORM)).item()
-        (means,) = sums.reduce(world)
-        optimizer.step()
-        optimizer.zero_grad()
+            loss, norm = train_step(model, optimizer, step, config).tolist()
         after = resource.getrusage(resource.RUSAGE_SELF)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        return Reply(means["loss"], norm, seconds, sent.bytes)
+        return Reply(loss, norm, seconds, sent.bytes)
 
     return take
 

@@ -40,6 +40,7 @@ TABLE = {
     "time to first token": "bench_generate",
     "answering": "bench_generate",
     "evaluation": "bench_evaluation",
+    "plan": "bench_plan",
 }
 UNMARKED = "unmarked"  # what of a step no mark covers
 MARK = "boundary of a stage: "

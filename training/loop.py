@@ -74,7 +74,7 @@ class Run:
     metrics: Metrics
     saves: Checkpoints
     dropped: DroppedSamples
-    profile: Profile | None
+    profile: Profile | None = None
 
 
 def train(config: TrainConfig, stage: Stage) -> None:

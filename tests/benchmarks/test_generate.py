@@ -31,7 +31,7 @@ def eager(case: Case) -> Case:
 def test_all_contenders_choose_what_a_whole_pass_would(tmp_path: Path, monkeypatch):
     """And a results file has what is recorded of them."""
     cases = [eager(one_case(WORK)), images_case(WORK._replace(requests=5), 2), texts_case(TEXTS)]
-    results = Results(tmp_path, "a CPU", "none")
+    results = Results(tmp_path, "a CPU", "sm_90")
     assert run_cases(cases, results, CPU, Ceilings(1e9, 1e9), float("inf"), seconds=0) == 0
     content = json.loads(results.path.read_text())
     for name, record in content["cases"].items():

@@ -168,7 +168,7 @@ def cases() -> list[Case]:
 
 
 def cpu_cases() -> list[Case]:
-    here = partial(case, VOCABULARY, rows=512, width=CPU_WIDTH // 4, dtype=torch.float32, rounds=5)
+    here = partial(case, VOCABULARY, rows=384, width=CPU_WIDTH // 4, dtype=torch.float32, rounds=3)
     return [here(trained=trained) for trained in (True, False)]
 
 

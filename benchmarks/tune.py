@@ -108,7 +108,8 @@ def tune(table: Table, case: Case, device: torch.device, seconds: float) -> Tune
         left = left[AT_A_TIME:]
         names = {f"ours {number}": tile for number, tile in enumerate(tiles)}
         contenders = {name: with_tile(table, tile, ours) for name, tile in names.items()}
-        results = run_case(dataclasses.replace(case, contenders=contenders), device, seconds=0.5)
+        alone = dataclasses.replace(case, contenders=contenders, host=False, memory=False)
+        results = run_case(alone, device, seconds=0.5)
         times = {names[name]: found["us"] for name, found in results.items() if "us" in found}
         if row not in times:
             raise SystemExit(f"{case.name}: the table's own row {row} gives {results['ours 0']}")

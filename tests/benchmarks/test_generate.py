@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def test_all_contenders_choose_what_a_whole_pass_would(tmp_path: Path, monkeypatch):
     """And a results file has what is recorded of them."""
     cases = [dataclasses.replace(case, rounds=2, memory=False) for case in bench_generate.small_cases()]
-    results = Results(tmp_path, "a CPU", "none")
+    results = Results(tmp_path, "a CPU", "sm_90")
     assert run_cases(cases, results, CPU, Ceilings(1e9, 1e9), float("inf"), seconds=0) == 0
     content = json.loads(results.path.read_text())
     for name, record in content["cases"].items():

@@ -313,7 +313,7 @@ def test_who_is_noisy_has_a_sentence_and_no_number(monkeypatch):
         "1 of 2 contenders of 2 cases are faster than ours",
         "  x: fast, 0.50 × ours (0.50 to 0.50)",
         "without a time:",
-        f"  noisy: noisy: {noisy['noisy']} (x)",
+        "  noisy: too noisy (x)",
         "  noisy: absent: why (y)",
     ]
 

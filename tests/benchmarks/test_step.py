@@ -75,7 +75,7 @@ def test_all_contenders_do_the_same(case):
 def test_a_results_file_has_share_and_stages(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(bench_step, "peak_tflops", lambda device: 1e-6)
     case = shaped_case(MICRO, "finetune", torch.float32, "none")
-    results = Results(tmp_path, "a CPU", "sm_00")
+    results = Results(tmp_path, "a CPU", "sm_90")
     assert run_cases([case], results, CPU, Ceilings(1e9, 1e9), float("inf"), seconds=0) == 0
     content = json.loads(results.path.read_text())
     (record,) = content["cases"].values()

@@ -711,7 +711,7 @@ def levels_case(records: int) -> Case:
         records,
         {"us": (1, "each score is read")},
         finish=levels_in_order,
-        floors=(0.1, 0.0),  # of equal scores all go to one level, and 100 are not divided by 8
+        floors=(max(0.1, 16 / records), 0.0),  # of equal scores all go to one level, and few are not divided by 8
     )
 
 

@@ -8,6 +8,7 @@ Runs are saved into .benchmarks, those of --quick into .benchmarks/quick, with d
 device reaches, so that --benchmark-compare shows the last run beside this one.
 """
 
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,6 +60,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     else:
         cases = getattr(file, "cpu_cases", file.small_cases)()
     metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported: cases collect garbage, and would look through it each time
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

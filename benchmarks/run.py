@@ -11,6 +11,7 @@ have compiled.
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import json
 import platform
@@ -118,11 +119,14 @@ def work(folder: Path, only: str, seconds: float, probe_seconds: float) -> int:
     top = ceilings(device, probe_seconds)
     print(described(top, device), flush=True)
     free_memory(device)
+    gc.freeze()  # what was imported: cases collect garbage, and would look through it each time
     try:
         left = run_cases(cases, results, device, top, deadline)
     except DeviceLost as lost:
         print(f"{lost} took the GPU from this process", flush=True)
         return LOST
+    finally:
+        gc.unfreeze()
     results.save()
     print(summary(results.content))
     print(f"\n{results.path}: {len(cases) - left} of {len(cases)} cases on {results.content['device']}")

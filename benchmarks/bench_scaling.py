@@ -1,7 +1,8 @@
-"""How cost grows: with batch, sequence length, images, vocabulary, cache, processes and the size of the data set.
+"""How cost grows with batch, sequence length, images, vocabulary, cache and processes; bench_data.py has data sets.
 
 Each case is a point of a sweep, checked before it is timed like any other, and says how fast its sweep may grow and why
-(fit.py fits the exponents and compares). Only ours contends: what a point costs beside others is in the other files.
+(sweep.py; fit.py fits the exponents and compares). Only ours contends: what a point costs beside others is in the other
+files.
 
     model       a training step by samples (those of four conversations, again and again); forward and backward of the
                 LLM by tokens, as one packed sequence and as many of EACH tokens; tower to injection by images of a
@@ -9,51 +10,33 @@ Each case is a point of a sweep, checked before it is timed like any other, and 
                 tokens; prefill by prompts
     processes   a step of the same global batch over 1, 2 and 4 of them, sharded by FSDP2 over gloo. They are started
                 for the case and share this machine's cores, so beside the wall time stand the seconds of all their
-                processors, and the bytes that their collectives send
-    data sets   what opening, reading, ordering, planning, cutting into levels and packing cost by records (sets.py
-                makes them), with memory where a set is opened, in a process that does nothing else
+                processors, and the bytes of what each gathers and reduces
 
-On a GPU the model's sweeps have the widths of 7B and the others are left out: they are the host's. `cpu_cases` orders a
-million records, opens 100K in shards and 6000 as JSON; `full_cases` opens and reads a million of each.
+On a GPU the model's sweeps have the widths of 7B and the processes are left out: they are the host's.
 """
 
 import atexit
-import contextlib
 import copy
-import ctypes
 import dataclasses
-import gc
-import io
-import itertools
 import os
 import pickle
 import resource
-import shutil
 import statistics
-import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aligngpt import cli
 from aligngpt.batch import Batch, Example, collate
-from aligngpt.data.records import open_records
 from aligngpt.generate import Answer, Engine, Request
-from aligngpt.levels import SET_ASIDE
 from aligngpt.model import AlignGPTForConditionalGeneration
-from aligngpt.pack import Source, pack, read_source
 from aligngpt.sampling import Sampling
 from aligngpt.text import TokenIds, Tokenized
-from benchmarks import bench_chain, bench_generate, bench_loss, lengths, sets
+from benchmarks import bench_chain, bench_generate, bench_loss, sets
 from benchmarks.bench_generate import Asked, Work, none_lacking, plain_lacking, shortfall
 from benchmarks.bench_step import (
     LLAMA_7B,
@@ -74,46 +57,17 @@ from benchmarks.bench_step import (
 )
 from benchmarks.case import Case, Contender
 from benchmarks.measure import Outputs, Run
-from benchmarks.worlds import Group, alone
+from benchmarks.sweep import ROUNDS, Grows, swept
+from benchmarks.worlds import Group
 from training import loop
 from training.config import TrainConfig
-from training.loader import Cut, Order, Part, Samples
-from training.plan import sample_lengths
+from training.loader import Part
 
-ROUNDS = 5
 EACH = 64  # tokens of a short sequence
 TEXT = 32  # tokens beside the images of a sample
 NEW = 256  # tokens of an answer, more than a step is timed
 BASE = 4  # conversations that a batch repeats
-MIB = 2**20
-
-Grows = Mapping[str, tuple[float, str]]  # by field of the record: the largest exponent, and why it is not less
-SHARED = "processes above the number of cores take turns"
-
-
-def swept(
-    case: Case,
-    what: str,
-    x: int,
-    grows: Grows,
-    more: Callable[[Any, Any], dict[str, Any]] = lambda run, inputs: {},
-) -> Case:
-    """A point of the sweep that the case's name stands for; more: to record, from what was timed and the inputs."""
-    name, ours = next((name, ours) for name, ours in case.contenders.items() if name.startswith("ours"))
-
-    def details(run: Any, inputs: Any, seconds: float) -> dict[str, Any]:
-        return {"grows": {field: list(allowed) for field, allowed in grows.items()}} | more(run, inputs)
-
-    return dataclasses.replace(
-        case,
-        name=f"scaling: {case.name}, {x}",
-        contenders={name: ours._replace(details=details)},
-        group="scaling",
-        sweep=(what, x),
-        dispatch=None,
-        host=False,
-    )
-
+SHARED = f"processes beyond the {os.cpu_count()} cores take turns"
 
 # ------------------------------------------------------------------------------------------------ training
 
@@ -399,20 +353,19 @@ def prefill_case(size: Size, dtype: torch.dtype, prompts: int, text: int) -> Cas
 # ------------------------------------------------------------------------------------------------ processes
 
 
-class SentBytes(TorchDispatchMode):
-    """Counts what this process sends in collectives on tensors, as a ring does them."""
+class CollectiveBytes(TorchDispatchMode):
+    """Counts what the collectives of this process gather and reduce, of which n in a ring send (n - 1) / n each."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0.0
+        self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
         if name.startswith("c10d::"):
-            shares = {"allgather": 1, "reduce_scatter": 1, "allreduce": 2}  # of the whole tensor, times (n - 1) / n
+            shares = {"allgather": 1, "reduce_scatter": 1, "allreduce": 2}  # the last is reduced, then gathered
             times = next((times for kind, times in shares.items() if kind in name), 0)
-            whole = max((_bytes(argument) for argument in args), default=0)
-            self.bytes += times * whole * (dist.get_world_size() - 1) / dist.get_world_size()
+            self.bytes += times * max((_bytes(argument) for argument in args), default=0)
         return func(*args, **(kwargs or {}))
 
 
@@ -428,7 +381,7 @@ class Reply(NamedTuple):
     loss: float
     norm: float
     processor_seconds: float
-    sent_bytes: float
+    collective_bytes: int
 
 
 def shared_out(size: Size, samples: int, processes: int) -> list[list[Batch]]:
@@ -454,11 +407,11 @@ def join_step(size: Size, pickled: bytes) -> Callable[[], Reply]:
 
     def take() -> Reply:
         before = resource.getrusage(resource.RUSAGE_SELF)
-        with SentBytes() as sent:
+        with CollectiveBytes() as moved:
             loss, norm = train_step(model, optimizer, step, config).tolist()
         after = resource.getrusage(resource.RUSAGE_SELF)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        return Reply(loss, norm, seconds, sent.bytes)
+        return Reply(loss, norm, seconds, moved.bytes)
 
     return take
 
@@ -497,12 +450,11 @@ class InWorld:
     def details(self, made: Stepping) -> dict[str, Any]:
         seconds = [sum(reply.processor_seconds for reply in replies) for replies in self.replies[1:]]
         low, median, high = (1e6 * q for q in statistics.quantiles(seconds, n=4, method="inclusive"))
+        moved = max(reply.collective_bytes for reply in self.replies[-1])
         return {
             "processor_us": round(median, 1),
             "quartiles_processor_us": [round(low, 1), round(high, 1)],
-            "sent_bytes": int(sum(reply.sent_bytes for reply in self.replies[-1])),
-            "cores": os.cpu_count(),
-        }
+        } | ({"collective_bytes": moved} if self.group.size > 1 else {})  # one has nobody to gather from
 
 
 def world_case(size: Size, samples: int, processes: int) -> Case:
@@ -526,245 +478,9 @@ def world_case(size: Size, samples: int, processes: int) -> Case:
     grows: Grows = {
         "us": (1, SHARED),
         "processor_us": (1, "each process gathers all weights"),
+        "collective_bytes": (0, "each process gathers all weights and reduces all gradients"),
     }
     return swept(case, "processes", processes, grows, lambda run, made: run.details(made))
-
-
-# ------------------------------------------------------------------------------------------------ data sets
-
-ACCESSES = 200  # records of one call
-PLANNED = 256  # records whose planned length is compared with the true one
-OF_EPOCHS = 100_000  # records whose order is asked for after many epochs
-
-
-def data_case(
-    name: str,
-    make: Callable[[], Any],  # in the time of nobody
-    run: Callable[[Any], Outputs],
-    exact: Callable[[Any], Outputs],
-    records: int,
-    grows: Grows,
-    *,
-    finish: Callable[[Any, Outputs], Outputs] | None = None,
-    items: int = 0,
-    floors: Sequence[float] = (),
-    more: Callable[[Any, Any], dict[str, Any]] = lambda run, inputs: {},
-    what: str = "records",
-    rounds: int = ROUNDS,
-) -> Case:
-    case = Case(
-        name=name,
-        make=lambda device: make(),
-        contenders={"ours": Contender(lambda made: lambda: run(made), finish)},
-        exact=exact,
-        plain=exact,
-        floors=floors,
-        equal=not floors,
-        bytes=0,
-        flops=0,
-        stage="read + decode",
-        items=items or records,
-        unit="records",
-        rounds=rounds,
-        trains=True,
-        one_copy=True,
-    )
-    return swept(case, what, records, grows, more)
-
-
-def opened(path: Path) -> Outputs:
-    records = open_records(path)
-    return [torch.tensor([len(records), int(records.num_characters.sum())])]
-
-
-def what_is_there(records: int) -> Outputs:
-    return [torch.tensor([records, sets.characters(records)])]
-
-
-class Held:
-    """Work of a process of its own: what it holds more once a set is open, in bytes."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __call__(self) -> dict[str, int]:
-        give_back()
-        before = resident_bytes()
-        records = open_records(self.path)
-        give_back()
-        assert len(records)
-        return {"resident_bytes": max(resident_bytes() - before, MIB)}  # less is chance
-
-
-def give_back() -> None:
-    """To the system, what nothing refers to."""
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def resident_bytes() -> int:
-    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Rss:"))
-
-
-def opening_case(kind: str, file: Callable[[int], Path], records: int, grows: Grows) -> Case:
-    return data_case(
-        f"opening {kind} by records",
-        lambda: file(records),
-        opened,
-        lambda path: what_is_there(records),
-        records,
-        grows,
-        more=lambda run, path: alone(Held(path)),
-        rounds=3 if kind == "JSON" else ROUNDS,
-    )
-
-
-def packed_case(records: int) -> Case:
-    held = (0, "the index is mapped; less than 1 MiB counts as 1")
-    return opening_case("packed shards", sets.packed_folder, records, {
-        "us": (1, "the index is hashed"), "resident_bytes": held,
-    })  # fmt: skip
-
-
-def json_case(records: int) -> Case:
-    reason = 1, "each record is parsed and kept"
-    return opening_case("JSON", sets.json_file, records, {"us": reason, "resident_bytes": reason})
-
-
-def access_case(records: int) -> Case:
-    places = np.random.default_rng(SEED).integers(0, records, ACCESSES).tolist()
-    return data_case(
-        f"{ACCESSES} packed records at random by records",
-        lambda: open_records(sets.packed_folder(records)),
-        lambda opened: [torch.tensor([int(opened[place].id) for place in places])],
-        lambda opened: [torch.tensor(places)],
-        records,
-        {"us": (0, "the index says where each lies")},
-        items=ACCESSES,
-    )
-
-
-def order_case(kind: Any, records: int) -> Case:
-    def make() -> Order:
-        random = np.random.default_rng(SEED)
-        return Order(records, 128, SEED, kind, random.integers(20, 2048, records), random.random(records) > 0.06)
-
-    return data_case(
-        f"an epoch's order, {kind}, by records",
-        make,
-        lambda order: [torch.from_numpy(order.epoch(3))],
-        lambda order: [torch.arange(records)],
-        records,
-        # 9 ns a record while all places are in a cache of 1 MiB, 19 when they are not.
-        {"us": (1.25, "each record has a place at random, which caches lose")},
-        finish=lambda order, outputs: [outputs[0].sort().values],
-    )
-
-
-def resume_case(epochs: int) -> Case:
-    order = Order(OF_EPOCHS, 128, SEED)
-    first = epochs * order.steps_per_epoch + 17
-    return data_case(
-        "the place of a resumed run by epochs",
-        lambda: order,
-        lambda order: [torch.from_numpy(next(order.steps(first, first + 1)).copy())],
-        lambda order: [torch.from_numpy(order.epoch(epochs)[17 * 128 : 18 * 128].copy())],
-        epochs,
-        {"us": (0, "the order is computed from seed and epoch")},
-        items=128,
-        what="epochs",
-    )
-
-
-class Cutting(NamedTuple):
-    scores: Path
-    out: Path
-
-
-def cut(made: Cutting) -> Outputs:
-    with contextlib.redirect_stdout(io.StringIO()):
-        status = cli.main(["levels", str(made.scores), "--out", str(made.out)])
-    assert status == 0
-    return []
-
-
-def levels_in_order(made: Cutting, outputs: Outputs) -> Outputs:
-    """Pairs of each level, of 1000, and how many levels reach below the one before or miss a score they should have."""
-    table = pyarrow.parquet.read_table(made.out)
-    scores = table["score"].to_numpy()
-    levels = table["level"].fill_null(SET_ASIDE).to_numpy()
-    ends = [(scores[levels == level].min(), scores[levels == level].max()) for level in range(8)]
-    wrong = sum(high > low for (_, high), (low, _) in itertools.pairwise(ends))
-    wrong += int(((levels == SET_ASIDE) != np.isnan(scores)).sum())
-    counts = np.bincount(levels[levels != SET_ASIDE], minlength=8)
-    return [torch.from_numpy(counts / counts.sum()), torch.tensor([float(wrong)])]
-
-
-def levels_case(records: int) -> Case:
-    return data_case(
-        "aligngpt levels by records",
-        lambda: Cutting(sets.scores_folder(records), sets.scores_folder(records).with_name(f"{records}.parquet")),
-        cut,
-        lambda made: [torch.full((8,), 1 / 8, dtype=torch.float64), torch.zeros(1)],
-        records,
-        {"us": (1, "each score is read")},
-        finish=levels_in_order,
-        floors=(max(0.1, 16 / records), 0.0),  # of equal scores all go to one level, and few are not divided by 8
-    )
-
-
-@cache
-def reader() -> Any:
-    return lengths.processor(sets.WORDS[1], scale=1, image_size=16, template="chat")
-
-
-def planning_case(records: int) -> Case:
-    def make() -> Samples:
-        opened = open_records(sets.packed_folder(records))
-        return Samples(opened, reader(), levels=None, num_levels=8, seed=SEED, cut=Cut(token_budget=16384))
-
-    def true(samples: Samples) -> Outputs:
-        texts = [reader().text(record) for record in samples.records[:PLANNED]]
-        return [torch.tensor([len(text.input_ids) for text in texts], dtype=torch.float64)]
-
-    return data_case(
-        "planning the lengths by records",
-        make,
-        lambda samples: [torch.from_numpy(sample_lengths(samples).tokens[:PLANNED]).double()],
-        true,
-        records,
-        {"us": (1, "each record has a length")},
-        floors=(0.02,),
-        rounds=3,
-    )
-
-
-class Packing(NamedTuple):
-    source: Source
-    folder: tempfile.TemporaryDirectory[str]
-
-    @property
-    def out(self) -> Path:
-        return Path(self.folder.name, "packed")
-
-
-def packing_case(records: int) -> Case:
-    def run(made: Packing) -> Outputs:
-        shutil.rmtree(made.out, ignore_errors=True)
-        assert not pack(made.source, made.out, records_per_shard=1000)
-        return []
-
-    return data_case(
-        "packing by records",
-        lambda: Packing(read_source(sets.json_file(records)), tempfile.TemporaryDirectory()),
-        run,
-        lambda made: what_is_there(records),
-        records,
-        {"us": (1, "each record is written")},
-        finish=lambda made, outputs: opened(made.out),
-    )
 
 
 # ------------------------------------------------------------------------------------------------ cases and tests
@@ -785,31 +501,6 @@ def model_cases(
     ]
 
 
-class Counts(NamedTuple):
-    """Records of each point."""
-
-    shards: Sequence[int]  # that are opened and read
-    planned: Sequence[int]
-    ordered: Sequence[int]  # numbers alone
-    scored: Sequence[int]
-    parsed: Sequence[int]  # as JSON
-    packed: Sequence[int]  # one by one
-    epochs: Sequence[int]
-
-
-def data_cases(counts: Counts) -> list[Case]:
-    return [
-        *map(packed_case, counts.shards),
-        *map(access_case, counts.shards),
-        *map(planning_case, counts.planned),
-        *(order_case(kind, count) for kind in ("shuffle", "grouped") for count in counts.ordered),
-        *map(levels_case, counts.scored),
-        *map(resume_case, counts.epochs),
-        *map(json_case, counts.parsed),
-        *map(packing_case, counts.packed),
-    ]
-
-
 VOCABULARIES = (16384, 32000, 64000, 128256)
 
 
@@ -822,38 +513,21 @@ def cases() -> list[Case]:
     ]
 
 
-def host_cases(counts: Counts) -> list[Case]:
+def cpu_cases() -> list[Case]:
     size, dtype = SMALLEST, torch.float32
     tokens = [128 << power for power in range(5)]
     return [
         *model_cases(size, dtype, range(1, 5), tokens, [256, 512, 1024, 1536], [4, 8, 16, 32]),
         *vocabulary_cases(VOCABULARIES, dtype, rows=128, width=64, image_rows=64, features=64),
-        *data_cases(counts),
         *(world_case(size, 16, processes) for processes in (1, 2, 4)),
     ]
 
 
-EPOCHS = (1, 10, 100, 1000)
-
-
-def cpu_cases() -> list[Case]:
-    records, ordered = (1000, 10_000, 30_000, 100_000), (1000, 10_000, 100_000, 1_000_000)
-    few = (250, 500, 1000, 2000)
-    return host_cases(Counts(records, (1000, 10_000, 100_000), ordered, records, (300, 1000, 3000, 6000), few, EPOCHS))
-
-
-def full_cases() -> list[Case]:
-    """To a million records, but for packing: 1.4 GB of temporary files, 3 GB of memory, a quarter of an hour."""
-    records = (1000, 10_000, 100_000, 1_000_000)
-    return host_cases(Counts(records, records, records, records, records, (1000, 3000, 10_000, 30_000), EPOCHS))
-
-
 def small_cases() -> list[Case]:
-    size, dtype, few = SMALLEST._replace(layers=1), torch.float32, (50, 100)
+    size, dtype = SMALLEST._replace(layers=1), torch.float32
     return [
         *model_cases(size, dtype, range(2), [128, 256], [64, 128], [2, 4]),
         *vocabulary_cases((500, 1000), dtype, rows=128, width=32, image_rows=16, features=32),
-        *data_cases(Counts(few, few, few, few, few, few, (1, 10))),
         *(world_case(size, 4, processes) for processes in (1, 2)),
     ]
 

@@ -15,8 +15,9 @@ part: there k is the slope of log(seconds) on log(x).
 The interval of k holds 90 % of DRAWS fits, each to points that are drawn anew as far off as a median of their rounds
 may be, one of them left out while enough are left. Neighbouring rounds are disturbed together, so that no more than
 INDEPENDENT of them count. A sweep grows faster than it must when the whole interval lies more than SLACK above what is
-allowed: logarithms and caches that become too small add about so much over two or three decades. Where the interval is
-wider than WIDEST nothing is said. Points without a number (too noisy, failed, wrong) are left out and named.
+allowed: logarithms and caches that become too small add about so much over two or three decades. It grows as it must
+when k itself does not lie so far above. Where only a part of the interval does not, or the interval is wider than
+WIDEST, nothing is said. Points without a number (too noisy, failed, wrong) are left out and named.
 
 Refused: nothing; a file without sweeps gives an empty list.
 """
@@ -34,7 +35,12 @@ OF_MEDIAN, INDEPENDENT = 1.2533, 9  # standard error of a median: so many standa
 LEAST_SPREAD = 0.01  # relative; of costs that state no quartiles, too
 AS_IT_MUST, FASTER, NOISY = "as it must", "faster than it must", "too noisy to say"
 UNLIMITED = "no limit is stated"
-UNITS = {"us": "s", "processor_us": "s of all processors", "resident_bytes": "bytes resident"}  # others: their names
+UNITS = {
+    "us": "s",
+    "processor_us": "s of all processors",
+    "resident_bytes": "bytes resident",
+    "collective_bytes": "bytes in collectives of a process",
+}  # others: their names
 
 
 class Point(NamedTuple):
@@ -115,14 +121,21 @@ def _sweep(
         return Sweep(what, prefix, unit, points, *nothing, at_most, NOISY, because, math.nan, left_out)
     power = fit([point.x for point in points], [point.seconds for point in points])
     low, high = interval(points)
-    verdict = NOISY if high - low > WIDEST else FASTER if low > at_most + SLACK else AS_IT_MUST
-    verdict = UNLIMITED if math.isnan(at_most) else verdict
+    verdict = judge(power.exponent, low, high, at_most)
     return Sweep(
         what, prefix, unit, points, power.exponent, low, high, at_most, verdict, because, power.fixed, left_out
     )
 
 
-EXPONENTS = np.arange(0.05, 4.001, 0.025)
+def judge(exponent: float, low: float, high: float, at_most: float) -> str:
+    if math.isnan(at_most):
+        return UNLIMITED
+    if high - low > WIDEST:
+        return NOISY
+    return FASTER if low > at_most + SLACK else AS_IT_MUST if exponent <= at_most + SLACK else NOISY
+
+
+EXPONENTS = np.arange(4, 401, 2) / 100
 SHARES = np.unique(np.concatenate(([0.0], np.logspace(-1.5, -0.02, 40), 1 - np.logspace(-1.3, -3, 20))))
 
 

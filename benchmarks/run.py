@@ -1,6 +1,7 @@
 """`python -m benchmarks.run`: every case on this device, into results/<device>.json after each one.
 
-The cases are those of every bench_*.py of this folder: `cases()` on a GPU, `cpu_cases()` elsewhere.
+The cases are those of every bench_*.py of this folder: `cases()` on a GPU, `cpu_cases()` elsewhere. With --full those
+files that have `full_cases()`, which go on to sizes that take minutes, give these instead of `cpu_cases()`.
 
 A case that the file holds for the same code, packages and device is not run again unless a contender was too noisy, so
 a run that was stopped goes on where it was. It stops by itself before --seconds are over, with status 3 while cases are
@@ -39,19 +40,22 @@ OURS = ("aligngpt_kernels", "aligngpt", "training", "benchmarks")
 GRACE_SECONDS = 15  # after its time, until a process counts as hung
 
 
-def all_cases(device: torch.device = GPU) -> list[Case]:
+def all_cases(device: torch.device = GPU, full: bool = False) -> list[Case]:
     """Those of requirements first; decoding, which has the most, last. A file that can't be read here is named."""
     names = {file.stem for file in Path(__file__).parent.glob("bench_*.py")}
     found = []
     for name in [*FIRST, *sorted(names - {*FIRST, LAST}), LAST]:
         kind = "cases" if device.type == "cuda" else "cpu_cases"
         try:
-            make: Callable[[], list[Case]] | None = getattr(importlib.import_module(f"benchmarks.{name}"), kind, None)
+            file = importlib.import_module(f"benchmarks.{name}")
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] in OURS:
                 raise
             print(f"left out: {name}, the package {error.name} is not installed", flush=True)
             continue
+        make: Callable[[], list[Case]] | None = getattr(file, kind, None)
+        if full and kind == "cpu_cases":
+            make = getattr(file, "full_cases", make)
         if make is None:
             print(f"left out: {name} has no {kind}", flush=True)
             continue
@@ -104,7 +108,7 @@ def _run(
     record |= {"finished": True, "tries": 0}
 
 
-def work(folder: Path, only: str, seconds: float, probe_seconds: float) -> int:
+def work(folder: Path, only: str, seconds: float, probe_seconds: float, full: bool = False) -> int:
     """Measure in this process; its exit status."""
     deadline = time.monotonic() + seconds
     torch.manual_seed(0)
@@ -115,7 +119,7 @@ def work(folder: Path, only: str, seconds: float, probe_seconds: float) -> int:
     else:
         keep_freed_memory()
     results = Results(folder, device_name(), capability)
-    cases = [case for case in all_cases(device) if only in case.name]
+    cases = [case for case in all_cases(device, full) if only in case.name]
     top = ceilings(device, probe_seconds)
     print(described(top, device), flush=True)
     free_memory(device)
@@ -189,12 +193,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=440, help="stop before these are over")
     parser.add_argument("--probe-seconds", type=float, default=20, help="of copies and products at the start")
     parser.add_argument("--only", default="", help="run cases whose name contains this")
+    parser.add_argument("--full", action="store_true", help="go on to sizes that take minutes, on a CPU")
     parser.add_argument("--worker", action="store_true", help="measure in this process, without a second one to watch")
     arguments = parser.parse_args()
     if arguments.worker:
-        return work(arguments.results, arguments.only, arguments.seconds, arguments.probe_seconds)
+        return work(arguments.results, arguments.only, arguments.seconds, arguments.probe_seconds, arguments.full)
     rest = ["--worker", "--results", str(arguments.results), "--only", arguments.only]
-    rest += ["--probe-seconds", str(arguments.probe_seconds)]
+    rest += ["--probe-seconds", str(arguments.probe_seconds), *["--full"] * arguments.full]
     return supervise([sys.executable, "-m", "benchmarks.run", *rest], arguments.seconds, arguments.results)
 
 

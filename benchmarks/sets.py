@@ -21,14 +21,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 
 from aligngpt.data.records import NO_LEVEL
 from aligngpt.data.shards import FORMAT, IMAGE, INDEX, MANIFEST, RECORD, shard_name
-from benchmarks.levels_scale import write_scores
+from aligngpt.data.tables import part_name, write_manifest, write_table
 
 DISTINCT, PER_SHARD = 512, 5000
 ID_DIGITS = 9
 JSON_BYTES = 256
+ROWS_PER_PART = 8192  # of scores
 MEMBER = 2 * tarfile.BLOCKSIZE  # header and JSON
 WORDS = (1000, 2000)  # w1000 to w1999, each with its space five characters
 
@@ -57,6 +59,28 @@ def scores_folder(records: int) -> Path:
     folder = new_folder()
     write_scores(folder, records)
     return folder
+
+
+def write_scores(folder: Path, pairs: int) -> None:
+    """A finished scoring of `pairs` rows; one in a thousand has no score, most scores are shared by several."""
+    about = {"kind": "scores", "data": {"sha256": "0" * 64, "samples": pairs}}
+    rng = np.random.default_rng(0)
+    starts = range(0, pairs, ROWS_PER_PART)
+    for number, start in enumerate(starts):
+        records = np.arange(start, min(pairs, start + ROWS_PER_PART))
+        scores = rng.normal(0.25, 0.06, len(records)).astype(np.float32)
+        lost = rng.random(len(records)) < 1e-3
+        scores[lost] = np.nan
+        column = pyarrow.array(records, pyarrow.int64())
+        table = {
+            "record": column,
+            "id": column.cast(pyarrow.string()),
+            "score": pyarrow.array(scores, pyarrow.float32()),
+            "truncated": pyarrow.array(np.zeros(len(records), bool)),
+            "problem": pyarrow.array(np.full(len(records), "no such file"), pyarrow.string(), mask=~lost),
+        }
+        write_table(folder / part_name(number), pyarrow.table(table), about)
+    write_manifest(folder, about, len(starts), {})
 
 
 def new_folder() -> Path:

@@ -553,7 +553,7 @@ def test_every_file_of_benchmarks_is_asked(monkeypatch, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="`make bench-gpu` does so")
 def test_a_machine_without_a_gpu_is_recorded_by_its_own_name(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(runner, "all_cases", lambda device: [make_case("a"), make_case("b", file="bench_gate")])
+    monkeypatch.setattr(runner, "all_cases", lambda device, full: [make_case("a"), make_case("b", file="bench_gate")])
     monkeypatch.setattr(runner, "ceilings", lambda device, seconds: CEILINGS)
     monkeypatch.setattr(runner, "keep_freed_memory", lambda: None)  # this process's
     assert runner.work(tmp_path, "b", 1000, 0) == 0

@@ -5,17 +5,16 @@ import math
 import multiprocessing
 import os
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from aligngpt.data.records import open_records
-from aligngpt.data.shards import scan_tars
-from benchmarks import bench_scaling, sets
+from benchmarks import bench_scaling
 from benchmarks.bench_step import leave_world, world_of_one
 from benchmarks.case import check
-from benchmarks.fit import AS_IT_MUST, FASTER, NOISY, UNLIMITED, sweeps
+from benchmarks.fit import AS_IT_MUST, FASTER, NOISY, UNLIMITED, judge, sweeps
 from benchmarks.worlds import Group
 
 CPU = torch.device("cpu")
@@ -74,6 +73,22 @@ def test_what_grows_too_fast_is_said(at_most, exponent):
     assert [(sweep.unit, sweep.verdict) for sweep in sweeps(other)] == [("bytes resident", FASTER)]
 
 
+@pytest.mark.parametrize(
+    ("exponent", "low", "high", "verdict"),
+    [
+        (1.1, 1.0, 1.2, AS_IT_MUST),
+        (1.3, 1.2, 1.4, FASTER),
+        (1.3, 1.1, 1.5, NOISY),  # the estimate lies above what is allowed, the interval not wholly
+        (1.1, 0.9, 1.3, AS_IT_MUST),
+        (1.1, 0.5, 1.7, NOISY),
+        (1.9, 1.2, 2.4, NOISY),
+    ],
+)
+def test_a_sweep_is_judged_by_exponent_and_interval(exponent, low, high, verdict):
+    assert judge(exponent, low, high, 1) == verdict
+    assert judge(exponent, low, high, math.nan) == UNLIMITED
+
+
 def test_points_without_a_number_are_named():
     found = content(DOUBLED, lambda x: x, at_most=1)
     names = list(found["cases"])
@@ -88,6 +103,9 @@ def test_points_without_a_number_are_named():
     assert sweep.exponent == pytest.approx(1)
     for name in names[1:]:
         found["cases"][name]["contenders"] = {}
+    (sweep,) = sweeps(found)
+    assert (sweep.verdict, len(sweep.points), len(sweep.left_out)) == (NOISY, 1, 4)
+    assert math.isnan(sweep.exponent)
     (sweep,) = sweeps(content(DOUBLED, lambda x: x, at_most=1, noise=3.0))
     assert sweep.verdict == NOISY
     for name in names:
@@ -101,15 +119,6 @@ def test_points_without_a_number_are_named():
     for place, name in enumerate(names):
         found["cases"][name]["contenders"]["ours"] = {"us": 2.0**place}
     assert [(round(sweep.exponent, 3), sweep.verdict) for sweep in sweeps(found)] == [(1, UNLIMITED)]
-
-
-def test_sets_hold_the_same_records(monkeypatch):
-    monkeypatch.setattr(sets, "PER_SHARD", 64)
-    packed, plain = open_records(sets.packed_folder(130)), open_records(sets.json_file(130))
-    assert list(packed) == list(plain)
-    assert packed.num_characters.sum() == plain.num_characters.sum() == sets.characters(130)
-    # The tars themselves, without the index.
-    assert [found.record["id"] for found in scan_tars(sets.packed_folder(130))] == [sample.id for sample in plain]
 
 
 def one_of_each():
@@ -133,13 +142,9 @@ def test_each_point_is_right_before_it_is_timed(case):
 
 
 def test_all_sweeps_have_points():
-    for cases in (bench_scaling.cases(), bench_scaling.cpu_cases(), bench_scaling.full_cases()):
-        counts = {}
-        for case in cases:
-            counts[case.name.rpartition(", ")[0]] = counts.get(case.name.rpartition(", ")[0], 0) + 1
-        assert (
-            min(count for name, count in counts.items() if "planning" not in name and "processes" not in name) >= 4
-        ), counts
+    for cases in (bench_scaling.cases(), bench_scaling.cpu_cases()):
+        points = Counter(case.name.rpartition(", ")[0] for case in cases)
+        assert min(count for name, count in points.items() if "processes" not in name) >= 4, points
         assert len({case.name for case in cases}) == len(cases)
 
 

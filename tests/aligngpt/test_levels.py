@@ -18,7 +18,7 @@ from aligngpt.data.tables import data_hash, part_name, read_table, write_manifes
 from aligngpt.levels import SET_ASIDE, cut_levels, read_levels, with_levels
 from aligngpt.levels_report import histogram
 from aligngpt.pack import pack, read_source
-from benchmarks.levels_scale import write_scores as scale_scores
+from benchmarks.sets import write_scores as scale_scores
 
 PAIRS = 50
 

@@ -8,8 +8,8 @@ A ratio is stable when all sittings lie within STEADY of their median; peak memo
 them where every sitting found the same. Without it the cases with a stable ratio are measured here and now. A ratio
 counts as fallen when the whole interval of its median lies below LEAST times the recorded one, and still does when the
 case is measured again for longer, twice, each time in a process of its own; one whose interval reaches across is called
-too noisy. Ours being wrong fails
-too, and a kept number of waits or bytes that grew. What is not checked is named with the reason.
+too noisy. Ours being wrong fails too, and a kept number of waits or bytes that grew. What is not checked is named with
+the reason.
 
 Checked is on the same machine alone: the device's name, the processor's numbers, which say more than the names that
 virtual machines give, and torch's version. On another one nothing is checked, and that is no failure. What else the

@@ -365,19 +365,18 @@ def scaling_table(found: Sequence[Sweep], content: Content) -> str:
     """Each sweep with its points and its exponent beside what it may be."""
     rows = []
     for sweep in found:
-        records = members(sweep, content)
         cost = [f"{amount(point.x, '')}: {cost_said(point.seconds, sweep.unit)}" for point in sweep.points]
-        old = any(is_old(record, content) for record in records)
+        old = any(is_old(record, content) for record in members(sweep, content))
         power = "—" if math.isnan(sweep.exponent) else f"{sweep.exponent:.2f} ({sweep.low:.2f} to {sweep.high:.2f})"
         verdict = f"**{sweep.verdict}**" if sweep.verdict == FASTER else sweep.verdict
-        said = [verdict, *sent(records), *(f"without {name}: {why}" for name, why in sweep.left_out.items())]
+        said = [verdict, *(f"without {name}: {why}" for name, why in sweep.left_out.items())]
         about = [sweep.prefix.removeprefix("scaling: ") + OLD * old, sweep.what, ", ".join(cost)]
         rows.append([*about, power, f"{sweep.at_most:g}", sweep.because, "; ".join(said).replace("|", "\\|")])
     head = "sweep", "of", "cost", "exponent", "at most", "because", "verdict"
     return (
         "A cost is a fixed part and one that grows as a power of what is swept; fitted is the power, with 90 % of the "
         "fits to points drawn anew as far off as their medians may be; *faster* is said where all of it lies more than "
-        f"{SLACK:g} above what is allowed.\n\n{table(head, rows)}"
+        f"{SLACK:g} above what is allowed, *as it must* only where the power itself does not.\n\n{table(head, rows)}"
     )
 
 
@@ -385,15 +384,6 @@ def members(sweep: Sweep, content: Content) -> list[Record]:
     """The cases that are its points."""
     swept = [item for item in cases(content).items() if item[1].get("sweep")]
     return [r for name, r in swept if (r["sweep"][0], name.rpartition(", ")[0]) == (sweep.what, sweep.prefix)]
-
-
-def sent(records: Sequence[Record]) -> list[str]:
-    """What the processes of a sweep send each other in a call, and the cores that they share."""
-    ours = [(r["sweep"][1], r["contenders"].get(our_name(r) or "", {})) for r in records]
-    by_size = sorted((x, found["sent_bytes"]) for x, found in ours if "sent_bytes" in found)
-    cores = {found["cores"] for _, found in ours if "cores" in found}
-    of_each = ", ".join(f"{amount(x, '')}: {amount(num_bytes, 'B')}" for x, num_bytes in by_size)
-    return [f"sent {of_each}"] * bool(by_size) + [f"on {n} cores" for n in sorted(cores)]
 
 
 def cost_said(cost: float, unit: str) -> str:

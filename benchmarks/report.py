@@ -193,9 +193,11 @@ def stage_table(content: Content) -> str:
         cells = [case + OLD * is_old(record, content), *of_ours(record), against(record, is_gpu(content))]
         rows.setdefault(stage, []).append([stage, *cells])
     inside = {part.name for whole in breakdowns(content) for part in whole.parts}
+    swept = {stage_of(record) for record in cases(content).values() if record.get("group") == SCALING}
     for stage in TABLE:
         if stage not in rows and stage != PLAN:
-            said = "unmeasured by itself; below, in a whole" if stage in inside else UNMEASURED
+            said = "measured as it grows, below" if stage in swept else UNMEASURED
+            said = "unmeasured by itself; below, in a whole" if stage in inside else said
             rows[stage] = [[stage, said, *["—"] * 8]]
     order = sorted(rows, key=lambda stage: list(TABLE).index(stage) if stage in TABLE else len(TABLE))
     head = "stage", "case", "time", "done", "bytes", "FLOPs", "of the ceiling", "memory", "waits", "times as fast as"

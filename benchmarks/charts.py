@@ -153,7 +153,12 @@ def scaling(sweeps: Sequence[Sweep], title: str) -> "Figure":
     return figure
 
 
-def save(figure: "Figure", path: Path) -> None:
+def marked(mark: str) -> str:
+    """How a file says what it draws."""
+    return f"<!-- of {mark} -->"
+
+
+def save(figure: "Figure", path: Path, mark: str) -> None:
     """As SVG, whose colours follow the reader's theme."""
     import matplotlib
 
@@ -167,7 +172,7 @@ def save(figure: "Figure", path: Path) -> None:
     )
     style = f"<style>@media (prefers-color-scheme: dark){{{rules}}}</style>"
     head, tag, rest = buffer.getvalue().partition(" <defs>")
-    lines = [line.rstrip() for line in f"{head}{style}\n{tag}{rest}".splitlines()]
+    lines = [line.rstrip() for line in f"{head}{marked(mark)}{style}\n{tag}{rest}".splitlines()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -2,19 +2,22 @@
 
 `--record N` takes N sittings, each in a process of its own, and writes into the results file of this device
 
-    "checks": {case: {contender: {"ratios": [one of each sitting], "stable": bool}}}
+    "checks": {"commit", "machine", "cases": {case: {contender: {"ratios": [one of each sitting], "stable": bool}}}}
 
 A ratio is stable when all sittings lie within STEADY of their median; peak memory and waits of ours are kept beside
 them where every sitting found the same. Without it the cases with a stable ratio are measured here and now. A ratio
 counts as fallen when the whole interval of its median lies below LEAST times the recorded one, and still does when the
-case is measured again for longer, twice; one whose interval reaches across is called too noisy. Ours being wrong fails
-too, and a kept number of waits or bytes that grew. What is not checked is named with the reason.
+case is measured again for longer, twice, each time in a process of its own; one whose interval reaches across is called
+too noisy. Ours being wrong fails too, and a kept number of waits or bytes that grew. What is not checked is named with
+the reason.
 
-Only the device is compared, not what else the machine does; on another kind of device nothing is checked, and that is
-no failure.
+Checked is on the same machine alone: the device's name, the processor's numbers, which say more than the names that
+virtual machines give, and torch's version. On another one nothing is checked, and that is no failure. What else the
+machine does is not known. On a CPU the reference is our own code and no contender.
 """
 
 import argparse
+import dataclasses
 import importlib
 import json
 import platform
@@ -30,9 +33,10 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.case import Case, run_case
+from benchmarks.fit import INDEPENDENT
 from benchmarks.measure import keep_freed_memory
-from benchmarks.readings import RESULTS, Content, load, our_name, reason
-from benchmarks.results import Results, device_name, write_json
+from benchmarks.readings import REFERENCE, RESULTS, Content, load, our_name, reason
+from benchmarks.results import Results, commit, device_name, write_json
 from benchmarks.stages import TABLE
 
 STAGES = (
@@ -51,6 +55,7 @@ LEAST = 0.9  # of the recorded ratio
 SECONDS, LONGER = 1.0, (2.0, 4.0)  # of timing; and again, of those that look fallen
 RECORDED_SECONDS, BUDGET_SECONDS = 40, 55  # of the cases that are recorded; after which no further one is begun
 KEPT = ("syncs", "peak_bytes")
+PROCESSOR = ("cpu family", "model", "stepping", "CPU implementer", "CPU part")  # in /proc/cpuinfo
 
 Measure = Callable[[Case, float], Mapping[str, Any]]  # a record of each contender, after so many seconds of timing
 
@@ -72,19 +77,37 @@ class Verdict(NamedTuple):
 
 
 def candidates(device: torch.device) -> list[Case]:
-    """Short cases, of this kind of device."""
-    names = dict.fromkeys(TABLE[stage] for stage in STAGES if Path(__file__).with_name(f"{TABLE[stage]}.py").exists())
-    files: list[Any] = [importlib.import_module(f"benchmarks.{name}") for name in names]
+    """All cases of STAGES on this kind of device."""
+    files: list[Any] = [importlib.import_module(f"benchmarks.{name}") for name in dict.fromkeys(map(TABLE.get, STAGES))]
     if device.type == "cuda":
         return [case for file in files for case in file.cases()]
-    return [case for file in files for case in getattr(file, "cpu_cases", file.small_cases)()]
+    return [_without_reference(case) for file in files for case in file.cpu_cases()]
+
+
+def _without_reference(case: Case) -> Case:
+    others = {name: contender for name, contender in case.contenders.items() if name != REFERENCE}
+    return dataclasses.replace(case, contenders=others)
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What must be the same beside the device's name."""
+    found = {"torch": str(torch.__version__)}
+    info = Path("/proc/cpuinfo")
+    if device.type == "cpu" and info.exists():
+        first = info.read_text(encoding="utf-8").partition("\n\n")[0]
+        numbers = {
+            name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())
+        }
+        found |= {name: numbers[name] for name in PROCESSOR if name in numbers}
+    return found
 
 
 def interval(numbers: Mapping[str, Any]) -> Interval:
     """95 % of the median of paired ratios, from their quartiles: those of a normal distribution lie 1.35 standard
-    deviations apart, and the median of n draws deviates by 1.25 of them over the root of n."""
+    deviations apart, and the median of n draws deviates by 1.25 of them over the root of n. Neighbouring rounds are
+    disturbed together: of many no more than INDEPENDENT count."""
     found = numbers["ratio"]
-    half = 1.96 * 1.25 / 1.35 * (found["high"] - found["low"]) / numbers["rounds"] ** 0.5
+    half = 1.96 * 1.25 / 1.35 * (found["high"] - found["low"]) / min(numbers["rounds"], INDEPENDENT) ** 0.5
     return Interval(found["median"], found["median"] - half, found["median"] + half)
 
 
@@ -125,13 +148,14 @@ def check(
     content: Content,
     cases: Sequence[Case],
     measure: Measure,
+    again: Measure,
     say: Callable[[str], None] = print,
     budget: float = BUDGET_SECONDS,
 ) -> list[Verdict]:
-    """What failed. Everything that is checked, or is not and why, is said."""
+    """What failed, when measured, and again for longer. Everything that is checked, or is not and why, is said."""
     started, failed = time.monotonic(), []
     by_name = {case.name: case for case in cases}
-    for name, recorded in content["checks"].items():
+    for name, recorded in content["checks"]["cases"].items():
         unsteady = [peer for peer, kept in recorded.items() if peer not in KEPT and not kept["stable"]]
         if unsteady:
             say(f"{name}: not checked, sittings differed: {', '.join(unsteady)}")
@@ -148,8 +172,8 @@ def check(
             held = {verdict.contender: verdict for verdict in found if not verdict.suspect}
             if len(held) == len(found):
                 break
-            again = verdicts(name, recorded, measure(by_name[name], seconds))
-            found = [held.get(verdict.contender, verdict) for verdict in again]
+            longer = verdicts(name, recorded, again(by_name[name], seconds))
+            found = [held.get(verdict.contender, verdict) for verdict in longer]
         for verdict in found:
             say(f"{verdict.case}: {verdict.contender}: {verdict.said}")
         failed += [verdict for verdict in found if verdict.failed]
@@ -177,7 +201,7 @@ def sitting(cases: Sequence[Case], measure: Measure, say: Callable[[str], None] 
 
 
 def merged(sittings: Sequence[Mapping[str, Mapping[str, Any]]], say: Callable[[str], None] = print) -> dict[str, Any]:
-    """The "checks" of a results file: what every sitting found, shortest cases first, until their time is used up."""
+    """The cases of "checks": what every sitting found, shortest cases first, until their time is used up."""
     found = {case: [one[case] for one in sittings if case in one] for case in sittings[0]}
     seconds = {case: statistics.median(one["seconds"] for one in of) for case, of in found.items()}
     checks: dict[str, Any] = {}
@@ -209,12 +233,20 @@ def agreed(name: str, values: Sequence[float | None]) -> Any:
     return {"ratios": [round(value, 4) for value in known], "stable": stable}
 
 
-def sit(file: Path) -> None:
+def sit(file: Path, *more: str) -> None:
     """A sitting in a process of its own, into the file."""
-    subprocess.run([sys.executable, "-m", "benchmarks.check", "--sitting", str(file)], check=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.check", "--sitting", str(file), *more], check=True)
 
 
-def record(number: int, folder: Path, device: str, capability: str) -> Path:
+def apart(case: Case, seconds: float) -> Mapping[str, Any]:
+    """Measure a case in a process of its own, where memory lies elsewhere."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "record.json"
+        sit(file, "--case", case.name, "--seconds", str(seconds))
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+def record(number: int, folder: Path, device: torch.device, capability: str) -> Path:
     """Sit so many times, and write what is stable into the device's file; its path."""
     sittings = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -223,12 +255,11 @@ def record(number: int, folder: Path, device: str, capability: str) -> Path:
             file = Path(scratch) / f"{turn}.json"
             sit(file)
             sittings.append(json.loads(file.read_text(encoding="utf-8")))
-    path = Results(folder, device, capability).path
+    fresh = Results(folder, device_name(), capability)
+    path, content = fresh.path, fresh.content
     if path.exists():
         content = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        content = Results(folder, device, capability).content
-    content["checks"] = merged(sittings)
+    content["checks"] = {"commit": commit(), "machine": machine(device), "cases": merged(sittings)}
     write_json(path, content)
     return path
 
@@ -242,6 +273,8 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the files")
     parser.add_argument("--record", type=int, nargs="?", const=5, metavar="N", help="sit N times (5) and record")
     parser.add_argument("--sitting", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(0)
@@ -249,12 +282,16 @@ def main() -> int:
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
         capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    if arguments.case:
+        (case,) = (case for case in candidates(device) if case.name == arguments.case)
+        write_json(arguments.sitting, measurer(device)(case, arguments.seconds))
+        return 0
     if arguments.sitting:
         write_json(arguments.sitting, sitting(candidates(device), measurer(device)))
         return 0
     if arguments.record:
-        path = record(arguments.record, arguments.results, device_name(), capability)
-        checks = json.loads(path.read_text(encoding="utf-8"))["checks"]
+        path = record(arguments.record, arguments.results, device, capability)
+        checks = json.loads(path.read_text(encoding="utf-8"))["checks"]["cases"]
         kept = [of for case in checks.values() for name, of in case.items() if name not in KEPT]
         print(f"{path}: {sum(of['stable'] for of in kept)} of {len(kept)} ratios are stable")
         return 0
@@ -264,8 +301,12 @@ def main() -> int:
         kinds = ", ".join(content["device"] for content in files) or "none"
         print(f"nothing is checked: no ratio was recorded on {device_name()!r} (recorded: {kinds})")
         return 0
+    recorded_on, is_on = here[0]["checks"]["machine"], machine(device)
+    if recorded_on != is_on:
+        print(f"nothing is checked: the ratios of {device_name()!r} were recorded on {recorded_on}; this is {is_on}")
+        return 0
     started = time.monotonic()
-    failed = check(here[0], candidates(device), measurer(device))
+    failed = check(here[0], candidates(device), measurer(device), apart)
     for verdict in failed:
         print(f"FAILED: {verdict.case}: {verdict.contender}: {verdict.said}")
     print(f"{len(failed)} of the checked numbers fell, on {device_name()}, in {time.monotonic() - started:.0f} seconds")

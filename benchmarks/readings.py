@@ -25,6 +25,7 @@ STAGE_OF_GROUP = {
 }
 PLAN = "plan"  # the stage of a prediction
 REASONS = ("absent", "wrong", "failed", "noisy")  # why a contender has no time
+REFERENCE = "reference"  # a contender that on a CPU is ours: there ops run as plain PyTorch
 
 
 class Ratio(NamedTuple):
@@ -113,9 +114,10 @@ def ratio(record: Record, name: str, ours: str | None = None) -> Ratio | None:
     return Ratio(found["us"] / ours_found["us"])
 
 
-def peers(record: Record) -> list[str]:
-    """Everyone but us."""
-    return [name for name in record["contenders"] if not name.startswith("ours")]
+def peers(record: Record, on_gpu: bool = True) -> list[str]:
+    """Everyone but us; on a CPU the reference is us too."""
+    names = [name for name in record["contenders"] if not name.startswith("ours")]
+    return [name for name in names if on_gpu or name != REFERENCE]
 
 
 def share(record: Record, found: Mapping[str, Any]) -> float | None:

@@ -1,24 +1,26 @@
 """`python -m benchmarks.report`: docs/performance.md, its charts, and the README's numbers, from results files alone.
 
-`--check` writes nothing and fails when a page does not say what the files give. Every table works on whatever a file
-holds: what was not measured has a dash, who has no time has the sentence that says why.
+`--check` writes nothing and fails when a page does not say, or a chart does not draw, what the files give. Every table
+works on whatever a file holds: what was not measured has a dash, who has no time has the sentence that says why.
 """
 
 import argparse
+import hashlib
 import math
 import re
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks import readings
-from benchmarks.claims import number, tables, times
-from benchmarks.fit import FASTER, Sweep, sweeps
+from benchmarks import charts, readings
+from benchmarks.claims import OLD, UNMEASURED, number, tables, times
+from benchmarks.fit import FASTER, SLACK, Sweep, sweeps
 from benchmarks.readings import (
     PLAN,
+    REFERENCE,
     Breakdown,
     Content,
     Part,
@@ -36,11 +38,14 @@ from benchmarks.readings import (
     tops,
 )
 from benchmarks.requirements import LINES, standing
+from benchmarks.stages import TABLE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 PAGE, CHARTS = Path("docs/performance.md"), Path("docs/performance")
 OPENING, CLOSING = "<!-- numbers: written by python -m benchmarks.report -->", "<!-- end of numbers -->"
-OLD = " †"
 SCALING = "scaling"  # the group of cases that are points of a sweep and nothing else
 
 INTRODUCTION = """\
@@ -52,7 +57,8 @@ else; a test fails when this page says anything different.
 **To repeat it**, in a clone of this repository:
 
 ```bash
-make bench          # pytest benchmarks/: every stage on this machine, CPU or GPU; --quick takes under a minute
+make bench          # pytest benchmarks/: every stage on this machine, CPU or GPU
+.venv/bin/pytest benchmarks --quick   # the smallest cases, under a minute
 make bench-record   # into benchmarks/results/<device>.json; run again, it goes on where it stopped
 make bench-gpu      # the same on a GPU, with the python3 that is there, in pieces of under eight minutes
 make bench-check    # is any ratio more than 10 % below the one recorded for this kind of machine?
@@ -68,6 +74,9 @@ on the same machine in the same run; a share of it is the least time that the co
 the measured one. *Memory* is the peak beyond inputs and results, *waits* are those of the host for the device. A dash
 is a number that was not measured. † marks a case measured with older code than the newest of its file.
 """
+CHANCE = """\
+On a CPU ops run as plain PyTorch, so *reference* is our own code under another name: its ratios show what chance does.
+"""
 
 
 def page(files: Mapping[str, Content]) -> str:
@@ -80,6 +89,8 @@ def page(files: Mapping[str, Content]) -> str:
 
 def sections(slug: str, content: Content) -> Iterator[str]:
     yield heading(content)
+    if not is_gpu(content) and any(REFERENCE in record["contenders"] for record in cases(content).values()):
+        yield CHANCE
     if points(content):
         by_bytes, by_flops = tops(content) or (0, 0)
         alt = (
@@ -90,7 +101,7 @@ def sections(slug: str, content: Content) -> Iterator[str]:
     yield stage_table(content)
     wholes = list(breakdowns(content))
     if wholes:
-        yield "### Where the time of a whole goes\n"
+        yield "### Where the time of a whole goes\n\nStages are timed in marked steps, the whole in unmarked ones.\n"
         alt = "; ".join(f"{whole.case}: {largest(whole)}" for whole in wholes)
         yield chart(slug, "stages", f"Shares of each stage. {alt}")
         for whole in wholes:
@@ -106,7 +117,7 @@ def sections(slug: str, content: Content) -> Iterator[str]:
     if found := growths(content):
         yield "### How cost grows\n"
         yield chart(slug, "scaling", f"{len(found)} sweeps: cost of each point beside what it may grow to")
-        yield scaling_table(found)
+        yield scaling_table(found, content)
     yield plan_table(content)
     yield checks_table(content)
 
@@ -174,14 +185,24 @@ def work(record: Record) -> float:
 
 
 def stage_table(content: Content) -> str:
-    """The largest case of each group, by stage."""
-    rows = []
+    """The largest case of each group, by stage; a stage that has none says so."""
+    rows: dict[str, list[list[str]]] = {}
     found = [item for item in cases(content).items() if is_single(item[1]) and not is_whole(item[1])]
     for (stage, _), of in groupby(found, key=lambda item: (stage_of(item[1]), item[1].get("group") or "")):
         case, record = max(of, key=lambda item: work(item[1]))
-        rows.append([stage, case + OLD * is_old(record, content), *of_ours(record), against(record)])
+        cells = [case + OLD * is_old(record, content), *of_ours(record), against(record, is_gpu(content))]
+        rows.setdefault(stage, []).append([stage, *cells])
+    inside = {part.name for whole in breakdowns(content) for part in whole.parts}
+    swept = {stage_of(record) for record in cases(content).values() if record.get("group") == SCALING}
+    for stage in TABLE:
+        if stage not in rows and stage != PLAN:
+            said = "measured as it grows, below" if stage in swept else UNMEASURED
+            said = "unmeasured by itself; below, in a whole" if stage in inside else said
+            rows[stage] = [[stage, said, *["—"] * 8]]
+    order = sorted(rows, key=lambda stage: list(TABLE).index(stage) if stage in TABLE else len(TABLE))
     head = "stage", "case", "time", "done", "bytes", "FLOPs", "of the ceiling", "memory", "waits", "times as fast as"
-    return f"### Stages\n\nOf each group of cases that of most work.\n\n{table(head, rows)}" if rows else ""
+    said = "One row for each group of cases: the one with the most bytes and FLOPs."
+    return f"### Stages\n\n{said}\n\n{table(head, [row for stage in order for row in rows[stage]])}"
 
 
 def is_single(record: Record) -> bool:
@@ -227,9 +248,9 @@ def more_of(found: Mapping[str, Any]) -> list[str]:
     return said + ([f"{number(100 * found['mfu'])} % MFU"] if "mfu" in found else [])
 
 
-def against(record: Record) -> str:
+def against(record: Record, on_gpu: bool) -> str:
     """Everyone's ratio in one cell; who has no time is in the tables of peers."""
-    found = [(name, ratio(record, name)) for name in peers(record)]
+    found = [(name, ratio(record, name)) for name in peers(record, on_gpu)]
     return ", ".join(f"{name} {times(of.median)}" for name, of in found if of) or "—"
 
 
@@ -276,7 +297,7 @@ def spread(content: Content) -> dict[str, dict[str, list[float]]]:
     """By group and contender the ratios of all cases."""
     found: dict[str, dict[str, list[float]]] = {}
     for record in cases(content).values():
-        for name in peers(record):
+        for name in peers(record, is_gpu(content)):
             of = ratio(record, name)
             if of is not None and is_single(record):
                 found.setdefault(record.get("group") or stage_of(record), {}).setdefault(name, []).append(of.median)
@@ -296,7 +317,8 @@ def peer_tables(content: Content) -> Iterator[str]:
             silent: dict[str, list[str]] = {}
             for name, numbers in record["contenders"].items():
                 if "us" in numbers:
-                    rows.append(["", name, *contender_cells(record, name, numbers)])
+                    chance = name == REFERENCE and not is_gpu(content)
+                    rows.append(["", name, *contender_cells(record, name, numbers, chance)])
                 else:
                     silent.setdefault(reason(numbers).replace("|", "\\|"), []).append(name)
             rows += [["", ", ".join(names), why, "", "", "", ""] for why, names in silent.items()]
@@ -305,10 +327,11 @@ def peer_tables(content: Content) -> Iterator[str]:
         yield f"<details><summary>{stage}: {cases_said}</summary>\n\n{table(head, rows)}\n</details>\n"
 
 
-def contender_cells(record: Record, name: str, numbers: Mapping[str, Any]) -> list[str]:
+def contender_cells(record: Record, name: str, numbers: Mapping[str, Any], chance: bool) -> list[str]:
     low, high = numbers["quartiles_us"]
     found = ratio(record, name)
-    said = "—" if found is None or name == our_name(record) else times(found.median)
+    shown = number if chance else times
+    said = "—" if found is None or name == our_name(record) else shown(found.median)
     if found is not None and found.low is not None and found.high is not None and said != "—":
         said += f" ({number(found.low)} to {number(found.high)})"
     error = numbers.get("error_in_plain_errors")
@@ -340,21 +363,29 @@ def growths(content: Content) -> list[Sweep]:
     return [sweep for sweep in sweeps({"cases": cases(content)}) if not math.isnan(sweep.at_most)]
 
 
-def scaling_table(found: Sequence[Sweep]) -> str:
+def scaling_table(found: Sequence[Sweep], content: Content) -> str:
     """Each sweep with its points and its exponent beside what it may be."""
     rows = []
     for sweep in found:
         cost = [f"{amount(point.x, '')}: {cost_said(point.seconds, sweep.unit)}" for point in sweep.points]
+        old = any(is_old(record, content) for record in members(sweep, content))
         power = "—" if math.isnan(sweep.exponent) else f"{sweep.exponent:.2f} ({sweep.low:.2f} to {sweep.high:.2f})"
         verdict = f"**{sweep.verdict}**" if sweep.verdict == FASTER else sweep.verdict
         said = [verdict, *(f"without {name}: {why}" for name, why in sweep.left_out.items())]
-        about = [sweep.prefix.removeprefix("scaling: "), sweep.what, ", ".join(cost)]
+        about = [sweep.prefix.removeprefix("scaling: ") + OLD * old, sweep.what, ", ".join(cost)]
         rows.append([*about, power, f"{sweep.at_most:g}", sweep.because, "; ".join(said).replace("|", "\\|")])
     head = "sweep", "of", "cost", "exponent", "at most", "because", "verdict"
     return (
         "A cost is a fixed part and one that grows as a power of what is swept; fitted is the power, with 90 % of the "
-        f"fits to points drawn anew within their quartiles.\n\n{table(head, rows)}"
+        "fits to points drawn anew as far off as their medians may be; *faster* is said where all of it lies more than "
+        f"{SLACK:g} above what is allowed, *as it must* only where the power itself does not.\n\n{table(head, rows)}"
     )
+
+
+def members(sweep: Sweep, content: Content) -> list[Record]:
+    """The cases that are its points."""
+    swept = [item for item in cases(content).items() if item[1].get("sweep")]
+    return [r for name, r in swept if (r["sweep"][0], name.rpartition(", ")[0]) == (sweep.what, sweep.prefix)]
 
 
 def cost_said(cost: float, unit: str) -> str:
@@ -364,14 +395,19 @@ def cost_said(cost: float, unit: str) -> str:
 def checks_table(content: Content) -> str:
     """Which ratios `benchmarks.check` holds this kind of machine to."""
     rows = []
-    for case, kept in content.get("checks", {}).items():
+    checks = content.get("checks", {"cases": {}})
+    for case, kept in checks["cases"].items():
         ratios = {name: of for name, of in kept.items() if isinstance(of, Mapping)}
         steady = [f"{name} {times(statistics.median(of['ratios']))}" for name, of in ratios.items() if of["stable"]]
         exact = [f"{name} {kept[name]}" for name in kept if name not in ratios]
         unsteady = [name for name, of in ratios.items() if not of["stable"]]
         rows.append([case, ", ".join([*steady, *exact]) or "—", ", ".join(unsteady) or "—"])
     head = "case", "checked: times as fast as", "not steady enough"
-    return f"### What `make bench-check` holds this kind of machine to\n\n{table(head, rows)}" if rows else ""
+    if not rows:
+        return ""
+    kind = ", ".join(f"{name} {value}" for name, value in checks["machine"].items())
+    said = f"Recorded at {commit_name(checks['commit'])}; checked where the machine is the same: {kind}."
+    return f"### What `make bench-check` holds this kind of machine to\n\n{said}\n\n{table(head, rows)}"
 
 
 def plan_table(content: Content) -> str:
@@ -382,35 +418,61 @@ def plan_table(content: Content) -> str:
         if stage_of(record) == PLAN and "measured_us" in found:
             predicted, measured = found["predicted_us"], found["measured_us"]
             total = f"{found['total_error']:+.1%}" if "total_error" in found else "—"
-            rows.append([case, duration(predicted), duration(measured), f"{predicted / measured - 1:+.1%}", total])
+            named = case + OLD * is_old(record, content)
+            rows.append([named, duration(predicted), duration(measured), f"{predicted / measured - 1:+.1%}", total])
     head = "run", "a step, predicted", "measured", "off by", "all steps together"
     return f"### What a plan predicts of a run\n\n{table(head, rows)}" if rows else ""
 
 
-def points(content: Content) -> list[tuple[str, float, float, float]]:
-    """Stage, FLOPs, bytes and seconds of ours in every case with counted work."""
+def points(content: Content) -> list[charts.Point]:
+    """Ours in every case with counted work."""
     found = []
     for record in cases(content).values():
         numbers = record["contenders"].get(our_name(record) or "", {})
         if "us" in numbers and work(record) and record.get("ceilings") and is_single(record):
-            found.append((stage_of(record), record["flops"], record["bytes"], numbers["us"] * 1e-6))
+            found.append(charts.Point(stage_of(record), record["flops"], record["bytes"], numbers["us"] * 1e-6))
     return found
 
 
-def draw(slug: str, content: Content, folder: Path) -> None:
-    """The charts that the page names."""
-    from benchmarks import charts
+class Drawing(NamedTuple):
+    """A chart, not drawn yet."""
 
-    device, top, wholes = content["device"], tops(content), list(breakdowns(content))
+    draw: "Callable[..., Figure]"
+    arguments: tuple[Any, ...]
+
+    @property
+    def mark(self) -> str:
+        """Tells this chart from one of other numbers. It stands in the file."""
+        return hashlib.sha256(f"{self.draw.__name__} {rounded(self.arguments)}".encode()).hexdigest()[:16]
+
+
+def rounded(value: Any) -> str:
+    """Numbers to six digits: fits differ in the last ones from machine to machine."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return rounded(tuple(value.items()))
+    return "(" + ", ".join(map(rounded, value)) + ")" if isinstance(value, tuple | list) else repr(value)
+
+
+def drawings(slug: str, content: Content) -> dict[str, Drawing]:
+    """The charts that the page names, by file."""
+    device, top, wholes, grown = content["device"], tops(content), list(breakdowns(content)), growths(content)
+    found = {}
     if top and points(content):
-        shown = [charts.Point(*point) for point in points(content)]
-        charts.save(charts.roofline(shown, *top, f"{device}: ours below the roofs"), folder / f"{slug}-roofline.svg")
+        found["roofline"] = Drawing(charts.roofline, (points(content), *top, f"{device}: ours below the roofs"))
     if wholes:
-        charts.save(charts.stages(wholes, f"{device}: where the time goes"), folder / f"{slug}-stages.svg")
+        found["stages"] = Drawing(charts.stages, (wholes, f"{device}: where the time goes"))
     if spread(content):
-        charts.save(charts.peers(spread(content), f"{device}: ours against peers"), folder / f"{slug}-peers.svg")
-    if found := growths(content):
-        charts.save(charts.scaling(found, f"{device}: how cost grows"), folder / f"{slug}-scaling.svg")
+        found["peers"] = Drawing(charts.peers, (spread(content), f"{device}: ours against peers"))
+    if grown:
+        found["scaling"] = Drawing(charts.scaling, (grown, f"{device}: how cost grows"))
+    return {f"{slug}-{kind}.svg": drawing for kind, drawing in found.items()}
+
+
+def draw(slug: str, content: Content, folder: Path) -> None:
+    for name, drawing in drawings(slug, content).items():
+        charts.save(drawing.draw(*drawing.arguments), folder / name, drawing.mark)
 
 
 def fill(text: str, block: str) -> str:
@@ -431,7 +493,7 @@ def texts(files: Mapping[str, Content], root: Path = ROOT) -> dict[Path, str]:
 
 
 def differences(files: Mapping[str, Content], root: Path = ROOT) -> list[str]:
-    """A sentence for each page that does not say what the files give, and for each chart that is not there."""
+    """A sentence for each page that does not say what the files give, and for each chart that does not draw it."""
     found = []
     wanted = texts(files, root)
     for path, text in wanted.items():
@@ -441,9 +503,13 @@ def differences(files: Mapping[str, Content], root: Path = ROOT) -> list[str]:
             differing = (n for n, (a, b) in enumerate(lines, 1) if a != b)
             line = next(differing, min(said.count("\n"), text.count("\n")) + 1)
             found.append(f"{path.relative_to(root)} differs from the results files from line {line}")
-    for name in re.findall(r"\]\((performance/[^)]+\.svg)\)", wanted[root / PAGE]):
-        if not (root / "docs" / name).exists():
-            found.append(f"docs/{name} is missing")
+    for slug, content in files.items():
+        for name, drawing in drawings(slug, content).items():
+            file = root / CHARTS / name
+            if not file.exists():
+                found.append(f"{CHARTS / name} is missing")
+            elif charts.marked(drawing.mark) not in file.read_text(encoding="utf-8"):
+                found.append(f"{CHARTS / name} does not draw what the results files hold")
     return found
 
 

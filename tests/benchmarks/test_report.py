@@ -5,9 +5,11 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import claims, readings, report
 from benchmarks.claims import CPU, GPU, Claim
+from benchmarks.run import all_cases
 
 TOP = {"bytes_per_second": 1e9, "flops_per_second": 1e10}
 
@@ -47,11 +49,15 @@ CONTENT = {
     "versions": {"torch": "2.13", "apex": "not installed"},
     "codes": {"bench": "new"},
     "checks": {
-        "a gate": {
-            "slow peer": {"ratios": [2.4, 2.5, 2.6], "stable": True},
-            "fast peer": {"ratios": [0.7, 0.8, 0.9], "stable": False},
-            "syncs": 0,
-        }
+        "commit": "89abcdef0123456789",
+        "machine": {"torch": "2.13", "model": "17"},
+        "cases": {
+            "a gate": {
+                "slow peer": {"ratios": [2.4, 2.5, 2.6], "stable": True},
+                "fast peer": {"ratios": [0.7, 0.8, 0.9], "stable": False},
+                "syncs": 0,
+            }
+        },
     },
     "cases": {
         "stages of a step": record("training step", {"ours": timed(1000.0, **STEP)}),
@@ -111,6 +117,14 @@ def test_a_stage_has_its_largest_case_with_every_number(page):
     assert "| loss | an old loss † |" in page
     assert "| optimizer | broken | wrong: result 0 is off |" in page
     assert "not through" not in page
+    assert rows(page, "sampling") == [["sampling", "unmeasured", *["—"] * 8]]
+    assert rows(page, "backward")[0][1] == "unmeasured by itself; below, in a whole"
+    lines = page.partition("### Stages")[2].partition("\n#")[0].splitlines()
+    stages = list(dict.fromkeys(line.split(" | ")[0][2:] for line in lines if line.startswith("| ")))
+    assert stages == ["stage", "---", *(stage for stage in readings.TABLE if stage != "plan")]
+    only_swept = {"scaling: rows, 1": CONTENT["cases"]["scaling: rows, 1"] | {"stage": "checkpoint"}}
+    (line,) = rows(report.page({"chip": CONTENT | {"cases": only_swept}}), "checkpoint")
+    assert line[1] == "measured as it grows, below"
 
 
 def test_every_peer_has_its_ratio_or_the_reason_why_not(page):
@@ -127,8 +141,8 @@ PEERS = ("slow peer", "fast peer")
 
 
 def test_stages_of_a_step_stand_beside_the_whole(page):
-    assert rows(page, "LLM forward")[0][:4] == ["LLM forward", "300 µs", "30 %", "100 k tokens/s"]
-    assert rows(page, "backward")[0][6] == "50 %"  # 3e6 FLOPs are 300 µs of the ceiling
+    assert rows(page, "LLM forward")[1][:4] == ["LLM forward", "300 µs", "30 %", "100 k tokens/s"]
+    assert rows(page, "backward")[1][6] == "50 %"  # 3e6 FLOPs are 300 µs of the ceiling
     assert rows(page, "*sum of the stages*")[0][1:3] == ["900 µs", "90 %"]
     assert rows(page, "rest: between the stages")[0][1:3] == ["70.0 µs", "7 %"]
     assert rows(page, "rest: data wait")[0][1:3] == ["30.0 µs", "3 %"]
@@ -152,6 +166,31 @@ def test_growth_stands_beside_what_is_allowed(page):
 
 def test_what_is_checked_is_said(page):
     assert rows(page, "a gate")[-1] == ["a gate", "slow peer 2.50, syncs 0", "fast peer"]
+    assert "Recorded at `89abcdef01`; checked where the machine is the same: torch 2.13, model 17." in page
+
+
+def test_on_a_cpu_the_reference_is_chance_and_no_peer():
+    found = {"ours": timed(100.0), "reference": peer(98.0, 0.98), "reference, torch.compile": peer(40.0, 0.4)}
+    content = {"device": "A CPU", "codes": {"bench": "new"}, "cases": {"a gate": record("gate", found)}}
+    page = report.page({"cpu": content})
+    assert report.CHANCE in page
+    assert rows(page, "gate")[0][-1] == "reference, torch.compile **0.400**"
+    (line,) = (line for line in page.splitlines() if "|  | reference |" in line)
+    assert "| 0.980 (0.931 to 1.03) |" in line
+    assert report.spread(content) == {"gate": {"reference, torch.compile": [0.4]}}
+    page = report.page({"gpu": content | {"capability": "sm_90"}})
+    assert report.CHANCE not in page
+    assert rows(page, "gate")[0][-1] == "reference **0.980**, reference, torch.compile **0.400**"
+
+
+def test_curves_and_plans_of_older_code_are_marked():
+    older = {name: dict(of) for name, of in CONTENT["cases"].items()}
+    for name in ("scaling: rows, 4", "a plan"):
+        older[name]["code"] = "older"
+    page = report.page({"chip": CONTENT | {"cases": older}})
+    assert rows(page, "rows †")
+    assert rows(page, "pairs")
+    assert rows(page, "a plan †")
 
 
 def test_a_file_of_older_benchmarks_is_read(tmp_path):
@@ -191,11 +230,34 @@ def test_a_claim_is_the_files_number():
         "| nowhere | unmeasured |",
     ]
     assert lines[-1] == "On a CPU: unmeasured."
-    assert "peer **0.500** to 1.50" in claims.tables([two_ratios()], [Claim("x", GPU, "gate", "peer")])
+    two = two_ratios()
+    assert "peer **0.500** to 1.50" in claims.tables([two], [Claim("x", GPU, "gate", "peer")])
+    assert "| x | 10.0 to 20.0 % MFU |" in claims.tables(
+        [two], [Claim("x", GPU, "gate", "", "", "mfu", shown_as="MFU")]
+    )
+
+
+def test_a_claim_of_older_code_is_marked():
+    said = [Claim("loss", GPU, "loss", "peer"), Claim("gate", GPU, "gate", "slow peer")]
+    lines = claims.tables([CONTENT], said).splitlines()
+    assert lines[2:4] == ["| loss † | peer 2.00 |", "| gate | slow peer 2.52 |"]
+    assert lines[-1] == "† measured with older code."
+    assert "†" not in claims.tables([CONTENT], said[1:])
+
+
+@pytest.mark.parametrize(("where", "device"), [(GPU, "cuda"), (CPU, "cpu")])
+def test_every_claim_is_of_a_case_that_is_there(where, device):
+    cases = all_cases(torch.device(device))
+    for claim in claims.CLAIMS:
+        if claim.where == where:
+            chosen = [case for case in cases if case.group == claim.group and claim.part in case.name]
+            assert chosen, claim
+            assert {claim.ours, claim.contender or claim.ours} <= {name for case in chosen for name in case.contenders}
 
 
 def two_ratios() -> dict[str, Any]:
-    cases = {str(n): record("gate", {"ours": timed(1.0), "peer": peer(n, n)}) for n in (0.5, 1.5)}
+    ours = {0.5: timed(1.0, mfu=0.1), 1.5: timed(1.0, mfu=0.2)}
+    cases = {str(n): record("gate", {"ours": of, "peer": peer(n, n)}) for n, of in ours.items()}
     return CONTENT | {"cases": cases}
 
 
@@ -213,18 +275,19 @@ def test_a_page_typed_by_hand_is_found(tmp_path):
     (tmp_path / "README.md").write_text(f"{report.OPENING}{report.CLOSING}\n", encoding="utf-8")
     for path, text in report.texts({"chip": CONTENT}, tmp_path).items():
         path.write_text(text, encoding="utf-8")
-    (tmp_path / report.CHARTS).mkdir()
-    for kind in ("roofline", "stages", "peers", "scaling"):
-        (tmp_path / report.CHARTS / f"chip-{kind}.svg").touch()
+    report.draw("chip", CONTENT, tmp_path / report.CHARTS)
     assert report.differences({"chip": CONTENT}, tmp_path) == []
 
     page = (tmp_path / report.PAGE).read_text(encoding="utf-8")
     (tmp_path / report.PAGE).write_text(page.replace("2.52", "3.52"), encoding="utf-8")
-    (tmp_path / report.CHARTS / "chip-peers.svg").unlink()
-    differing, missing = report.differences({"chip": CONTENT}, tmp_path)
+    (tmp_path / report.CHARTS / "chip-roofline.svg").unlink()
+    other = report.drawings("chip", two_ratios())["chip-peers.svg"]
+    report.charts.save(other.draw(*other.arguments), tmp_path / report.CHARTS / "chip-peers.svg", other.mark)
+    differing, missing, drawn = report.differences({"chip": CONTENT}, tmp_path)
     line = next(n for n, said in enumerate(page.splitlines(), 1) if "2.52" in said)
     assert differing == f"docs/performance.md differs from the results files from line {line}"
-    assert missing == "docs/performance/chip-peers.svg is missing"
+    assert missing == "docs/performance/chip-roofline.svg is missing"
+    assert drawn == "docs/performance/chip-peers.svg does not draw what the results files hold"
 
 
 def test_the_pages_say_what_the_committed_files_give(capsys):
@@ -232,12 +295,16 @@ def test_the_pages_say_what_the_committed_files_give(capsys):
 
 
 def test_the_readme_types_no_performance_by_hand():
-    """Ratios, rates and utilisation stand between the marks alone."""
+    """Ratios, rates, times and utilisation stand between the marks alone; the demo's section is of its own run."""
     text = (report.ROOT / "README.md").read_text(encoding="utf-8")
     before, _, rest = text.partition(report.OPENING)
     prose = before + rest.partition(report.CLOSING)[2]
-    for typed in (r" × (as|the|`|of|padding)", r"\d (images|tokens|pictures) a second", r"MFU", r"\d ms\b"):
-        assert not re.findall(typed, prose), typed
+    _, _, after_demo = prose.partition("\n## Why this implementation\n")
+    assert after_demo
+    ratios = r" × (as|the|`|of|padding)|\d ×(?! <image>)|(\d|several|many) times as|(twice|half) as (fast|much)"
+    for typed in (ratios, r"\d (images|tokens|pictures|answers|samples)( a second|/s)", r"MFU"):
+        assert not re.search(typed, prose), typed
+    assert not re.search(r"\d (ms|µs|s|seconds)\b", after_demo)
 
 
 def test_files_are_read_gpus_first(tmp_path):

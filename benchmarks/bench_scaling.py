@@ -511,6 +511,7 @@ def world_case(size: Size, samples: int, processes: int) -> Case:
         name=f"a step of {samples} samples by processes",
         make=lambda device: make_stepping(device, size, dtype, samples),
         contenders={"ours": Contender(lambda made: InWorld(made, processes, samples))},
+        clock="host",
         exact=lambda made: [made.expected.double().expand(processes)],
         plain=lambda made: [made.expected.double().expand(processes)],
         floors=(tolerance(dtype),),
@@ -563,6 +564,7 @@ def data_case(
         bytes=0,
         flops=0,
         stage="read + decode",
+        clock="host",
         items=items or records,
         unit="records",
         rounds=rounds,
@@ -853,8 +855,8 @@ def small_cases() -> list[Case]:
     return [
         *model_cases(size, dtype, range(2), [128, 256], [64, 128], [2, 4]),
         *vocabulary_cases((500, 1000), dtype, rows=128, width=32, image_rows=16, features=32),
-        *data_cases(Counts(few, few, few, few, few, few, (1, 10))),
-        *(world_case(size, 4, processes) for processes in (1, 2)),
+        *([] if torch.cuda.is_available() else data_cases(Counts(few, few, few, few, few, few, (1, 10)))),  # the host's
+        *(world_case(size, 4, processes) for processes in ((1,) if torch.cuda.is_available() else (1, 2))),
     ]
 
 

@@ -29,7 +29,7 @@ RECORDS, TOP = pytest.StashKey[dict[str, dict[str, Any]]](), pytest.StashKey[Cei
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="the smallest cases: that all can be measured, in a minute")
     parser.addoption(
-        "--probe-seconds", type=float, help="of copies and products at the start; otherwise 20, or 1 with --quick"
+        "--probe-seconds", type=float, help="of streams and products at the start; otherwise 20, or 1 with --quick"
     )
 
 

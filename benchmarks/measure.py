@@ -367,7 +367,7 @@ def ceilings(device: torch.device, seconds: float = 20.0) -> Ceilings:
 def _streams(device: torch.device) -> dict[str, _Probe]:
     """A copy alone is no ceiling: on a CPU its target is read too before it is written."""
     count = 2**28 if device.type == "cuda" else 2**26  # far beyond the caches
-    source, target = torch.randn(count, device=device), torch.randn(count, device=device)
+    source, target = torch.ones(count, device=device), torch.ones(count, device=device)
     return {
         "copy": _Probe(2 * source.nbytes, lambda: [target.copy_(source)]),
         "change in place": _Probe(2 * source.nbytes, lambda: [source.neg_()]),
@@ -378,12 +378,14 @@ def _streams(device: torch.device) -> dict[str, _Probe]:
 def _products(device: torch.device) -> dict[str, _Probe]:
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    probes = {}
-    for n in (4096, 8192, 16384) if gpu else (1024, 1536, 2048):
+
+    def probe(n: int) -> _Probe:
         left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        product = functools.partial(torch.mm, left, right, out=torch.empty_like(left))
-        probes[f"product of {n}"] = _Probe(2 * n**3, lambda product=product: [product()])
-    return probes
+        product = torch.empty_like(left)
+        return _Probe(2 * n**3, lambda: [torch.mm(left, right, out=product)])
+
+    sizes = (4096, 8192, 16384) if gpu else (1024, 1536, 2048)
+    return {f"product of {n}": probe(n) for n in sizes}
 
 
 def _rates(

@@ -336,6 +336,7 @@ def _of_step(found: Record, record: Record) -> list[str]:
         total = sum(times.values())
         lines += [f"    {stage:<32}{us / 1e3:>9.1f} ms{us / total:>7.1%}" for stage, us in times.items() if us]
         lines.append(f"    {'sum':<32}{total / 1e3:>9.1f} ms, {total / found['whole_us']:.2f} × the step without marks")
+        lines += [f"    the step without marks: {found['whole_noisy']}"] if "whole_noisy" in found else []
     return lines
 
 

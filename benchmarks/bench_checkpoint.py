@@ -192,6 +192,7 @@ def case(of: Shapes) -> Case:
         bytes=2 * saved,
         flops=0,
         stage="checkpoint",
+        clock="host",
         items=saved,
         unit="bytes",
         group="checkpoint",

@@ -69,6 +69,7 @@ def data_case(
         bytes=0,
         flops=0,
         stage="read + decode",
+        clock="host",
         items=items or records,
         unit="records",
         rounds=rounds,

@@ -218,6 +218,7 @@ def case(size: Size, dtype: torch.dtype, questions: int, rows: int, rounds: int)
         bytes=0,
         flops=0,
         stage="evaluation",
+        clock="host",
         items=questions,
         unit="answers",
         group="evaluation",

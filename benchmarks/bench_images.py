@@ -205,6 +205,7 @@ def case(aspect: str, size: int, batch: int, batches: int) -> Case:
         bytes=images * 3 * size**2 * 4,
         flops=0,
         stage="read + decode",
+        clock="host",
         items=images,
         unit="images",
         group=f"images {aspect}",

@@ -236,6 +236,7 @@ def plan_case(size: Size, stage: Stage, processes: int, *, run: bool = True) -> 
         items=1,
         unit="plans",
         group="plan",
+        clock="host",
         rounds=3,
         trains=True,
         one_copy=True,

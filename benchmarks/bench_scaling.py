@@ -463,6 +463,7 @@ def world_case(size: Size, samples: int, processes: int) -> Case:
         name=f"a step of {samples} samples by processes",
         make=lambda device: make_stepping(device, size, dtype, samples),
         contenders={"ours": Contender(lambda made: InWorld(made, processes, samples))},
+        clock="host",
         exact=lambda made: [made.expected.double().expand(processes)],
         plain=lambda made: [made.expected.double().expand(processes)],
         floors=(tolerance(dtype),),
@@ -528,7 +529,7 @@ def small_cases() -> list[Case]:
     return [
         *model_cases(size, dtype, range(2), [128, 256], [64, 128], [2, 4]),
         *vocabulary_cases((500, 1000), dtype, rows=128, width=32, image_rows=16, features=32),
-        *(world_case(size, 4, processes) for processes in (1, 2)),
+        *(world_case(size, 4, processes) for processes in ((1,) if torch.cuda.is_available() else (1, 2))),
     ]
 
 

@@ -670,6 +670,7 @@ def stages_case(size: Size, stage: Stage, dtype: torch.dtype, workers: int = 1) 
         items=size.global_batch,
         unit="samples",
         group="stages",
+        clock="host",
         rounds=STAGE_ROUNDS,
         trains=True,
         one_copy=True,

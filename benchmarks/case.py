@@ -1,8 +1,8 @@
 """A case: one shape of one op, who contends, and what their answers are held to; and how a case is run.
 
-Nothing is timed before its answer is checked. Whoever is wrong, fails or is not installed is named as such in the
-result, and the others go on. What is timed is made by `prepare(inputs)`, outside the time: masks of FlexAttention,
-rows compacted for Liger, the capture of a CUDA graph.
+Nothing is timed before its answer is checked. Whoever is wrong, is not installed or fails, then or later, is named as
+such in the result, and the others go on. What is timed is made by `prepare(inputs)`, outside the time: masks of
+FlexAttention, rows compacted for Liger, the capture of a CUDA graph.
 
 A contender has a time and, beside the first of ours, the ratio of its time to that one's, by rounds. Where its times
 are too noisy a sentence says so instead; where ours are, nobody has a ratio.
@@ -24,6 +24,7 @@ from benchmarks.measure import (
     MIN_ROUNDS,
     PATIENCE,
     Ceilings,
+    Clock,
     Outputs,
     Run,
     Timing,
@@ -34,13 +35,14 @@ from benchmarks.measure import (
     peak_bytes,
     synchronize,
     take_turns,
-    wall_seconds,
 )
 
 OURS_FACTOR, PEER_FACTOR = 2, 8  # × the plain path's error: ours must be as exact, a peer must not be wrong
 MAX_COPIES = 128  # of the inputs
 ROOM = 1.2  # bytes that must be free for each byte of the inputs
 ENDED = "the process ended while it ran"
+WALL_ROUNDS = 20
+OFF_DEVICE = ("read + decode", "checkpoint")  # stages that the host or its disk does: no share of the device's ceilings
 TOO_SMALL = "it would compile for longer than the rest takes"
 
 
@@ -78,6 +80,7 @@ class Case:
     floors: Sequence[float] = ()  # see measure.compare
     equal: bool = False  # whether results must be exact: rows are copied, nothing is computed
     dispatch: tuple[str, str, tuple[str, ...]] | None = None  # key of measured.json, our contender, what it replaces
+    clock: Clock = "device"  # "host" where the host does much of a call: see measure
     host: bool = False  # whether waits are counted and, on a GPU, wall time is measured as well
     memory: bool = False  # whether peak memory is measured as well
     input_bytes: int = 0  # of one copy of the inputs, where that may not fit
@@ -176,6 +179,14 @@ def run_case(
     inputs = [case.make(device) for _ in range(case.copies(device))]
     exact, plain = case.exact(inputs[0]), case.plain(inputs[0])
     runs: dict[str, list[Run]] = {}
+
+    def fail(name: str, error: Exception) -> None:
+        runs.pop(name, None)
+        results[name] = why(error)
+        save()  # before the device may turn out to be lost
+        if "failed" in results[name]:
+            check_device(device, name)
+
     for name, contender in case.contenders.items():
         if "failed" in results.get(name, {}):
             continue
@@ -198,14 +209,8 @@ def run_case(
                     found["peak_bytes"] = peak_bytes(first, device)
                 runs[name] = calls
             results[name] = found
-        except (Absent, KernelUnavailable) as error:
-            results[name] = {"absent": str(error)}
-        except ModuleNotFoundError as error:
-            results[name] = {"absent": f"{error.name} is not installed"}
         except Exception as error:  # whatever a peer does, the others are still measured
-            results[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
-            save()  # before the device may turn out to be lost
-            check_device(device, name)
+            fail(name, error)
         except BaseException:  # interrupted: not its fault
             del results[name]
             save()
@@ -214,28 +219,62 @@ def run_case(
         free(device)
     del exact, plain
 
-    taken = take_turns(runs, device, seconds, case.rounds, patience=PATIENCE)
-    ours = taken.get(next((name for name in case.contenders if name.startswith("ours")), ""))
-    for name, timing in taken.items():
-        found = results[name]
-        found |= {"quartiles_us": [round(q * 1e6, 3) for q in timing.quartiles], "rounds": timing.rounds}
-        if timing.noise is not None:
-            found["noisy"] = timing.noise
-            continue
-        found |= {"us": round(timing.seconds * 1e6, 3), "host_bound": round(timing.host_bound, 2)}
-        if ours is not None and timing is not ours and ours.noise is None:
-            found["ratio"] = timing.ratio(ours)
-        if top is not None and case.bytes + case.flops:
-            found["share_of_ceiling"] = round(top.seconds(case.bytes, case.flops) / timing.seconds, 4)
-        details = case.contenders[name].details
-        if details is not None:
-            found |= details(runs[name][0], inputs[0], timing.seconds)
-        if timings is not None:
-            timings[name] = timing
+    taken = take_turns(runs, device, seconds, case.rounds, patience=PATIENCE, clock=case.clock, fail=fail)
+    walls: dict[str, Timing] = {}
     if case.host and device.type == "cuda":
-        for name, wall in wall_seconds(runs, device).items():
-            results[name]["wall_us"] = round(wall * 1e6, 2)
+        walls = take_turns(runs, device, 0, WALL_ROUNDS, patience=PATIENCE, clock="host", fail=fail)
+    ours = taken.get(next((name for name in case.contenders if name.startswith("ours")), ""))
+    for name in list(runs):
+        timing = taken[name]
+        try:
+            found = timed(case, name, timing, ours, top)
+            details = case.contenders[name].details
+            if "us" in found and details is not None:
+                found |= details(runs[name][0], inputs[0], timing.seconds)
+        except Exception as error:
+            fail(name, error)
+            continue
+        if name in walls:
+            found |= by_the_clock(walls[name])
+        results[name] |= found
+        if timings is not None and "us" in found:
+            timings[name] = timing
     return results
+
+
+def timed(case: Case, name: str, timing: Timing, ours: Timing | None, top: Ceilings | None) -> dict[str, Any]:
+    """What a record says of a contender's times. `ours`: those of the first of ours, if it has any."""
+    found: dict[str, Any] = {"quartiles_us": [microseconds(q) for q in timing.quartiles], "rounds": timing.rounds}
+    if timing.noise is not None:
+        return found | {"noisy": timing.noise}
+    found |= {"us": microseconds(timing.seconds), "host_bound": round(timing.host_bound, 2)}
+    if ours is not None and timing is not ours and ours.noise is None:
+        found["ratio"] = timing.ratio(ours)
+    if top is not None and case.bytes + case.flops and case.stage not in OFF_DEVICE:
+        found["share_of_ceiling"] = round(top.seconds(case.bytes, case.flops) / timing.seconds, 4)
+    return found
+
+
+def by_the_clock(timing: Timing) -> dict[str, Any]:
+    if timing.noise is not None:
+        return {"noisy_wall": timing.noise}
+    return {
+        "wall_us": microseconds(timing.seconds),
+        "wall_quartiles_us": [microseconds(q) for q in timing.quartiles],
+    }
+
+
+def microseconds(seconds: float) -> float:
+    return round(seconds * 1e6, 3)
+
+
+def why(error: Exception) -> dict[str, str]:
+    """Why a contender has no time, as its record says it."""
+    if isinstance(error, Absent | KernelUnavailable):
+        return {"absent": str(error)}
+    if isinstance(error, ModuleNotFoundError):
+        return {"absent": f"{error.name} is not installed"}
+    return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
 def check_device(device: torch.device, name: str) -> None:

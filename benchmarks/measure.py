@@ -4,14 +4,17 @@ GPU time is the time between two CUDA events. Before the first event the GPU is 
 needs to queue the calls, so that the time between the events is the GPU's alone; a sample for which that failed (the
 call waits for the device, say) is counted as host-bound. Calls of a few microseconds are queued several times between
 the events. Contenders take turns, and each call goes to the next copy of the inputs: all copies together are at least
-four times the L2 cache, so that no call finds its inputs there. On a CPU the same turns are taken with
-`time.perf_counter`.
+four times the L2 cache, so that no call finds its inputs there, unless memory has no room for so many or a case wants
+one. By the host's clock, as always on a CPU, a sample is one call, from an idle device until its work is done: that is
+for calls that do most of their work on the host, which CUDA events do not see.
 
 A round has one sample of each contender, so times are compared by pairs of the same round. Where the middle half of a
-contender's samples spreads over more than NOISY of their median, even after PATIENCE times the rounds, it has no time.
+contender's samples (all, if they are few) spreads over more than NOISY of their median, even after PATIENCE times the
+rounds, its time is `noisy`.
 """
 
 import ctypes
+import functools
 import itertools
 import math
 import os
@@ -22,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +35,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Outputs = Sequence[Tensor]
 Run = Callable[[], Outputs]
+Clock = Literal["device", "host"]
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 200
 SAMPLE_SECONDS, MAX_QUEUED = 100e-6, 32  # a sample queues calls until it is this long, but never more than so many
 CYCLES_PER_SECOND = 2e9  # no less than any GPU's clock, for a head start of at least the seconds asked for
 MAX_HEAD_START = 50e-3
 NOISY, PATIENCE = 0.25, 3
+FEW_ROUNDS = 5  # of fewer the middle half is no more than half of the range
 FEW = 64
 
 
@@ -51,11 +56,13 @@ class Timing(NamedTuple):
     @property
     def noise(self) -> str | None:
         """None, or a sentence saying that its samples spread too much."""
-        low, high = self.quartiles
+        few = self.rounds < FEW_ROUNDS
+        low, high = (min(self.samples), max(self.samples)) if few else self.quartiles
         spread = (high - low) / self.seconds if self.seconds else 0.0
         if spread <= NOISY:
             return None
-        return f"its middle half spreads over {spread:.0%} of its median; {NOISY:.0%} is allowed"
+        of = f"{self.rounds} samples spread" if few else "middle half spreads"
+        return f"its {of} over {spread:.0%} of its median; {NOISY:.0%} is allowed"
 
     def ratio(self, ours: "Timing") -> dict[str, float]:
         """Its time divided by that of `ours`, taken in the same rounds."""
@@ -64,8 +71,9 @@ class Timing(NamedTuple):
 
 
 class _Contender:
-    def __init__(self, calls: Sequence[Run], device: torch.device) -> None:
+    def __init__(self, calls: Sequence[Run], device: torch.device, clock: Clock) -> None:
         self.calls, self.device = calls, device  # one call for each copy of the inputs
+        self.by_events = device.type == "cuda" and clock == "device"
         self.samples: list[float] = []
         self.late = 0
         calls[0]()  # new memory, if it needs any
@@ -75,7 +83,7 @@ class _Contender:
         host = time.perf_counter() - started
         synchronize(device)
         self.queued, self.head_start = 1, min(2 * host, MAX_HEAD_START)
-        if device.type == "cuda":
+        if self.by_events:
             seconds, _ = self._sample(0)
             self.queued = min(max(math.ceil(SAMPLE_SECONDS / max(seconds, 1e-7)), 1), MAX_QUEUED)
             self.head_start = min(2 * host * self.queued, MAX_HEAD_START)
@@ -88,11 +96,12 @@ class _Contender:
     def _sample(self, turn: int) -> tuple[float, bool]:
         """Seconds of a call, and whether the GPU had to wait for the host."""
         calls = [self.calls[(turn + i) % len(self.calls)] for i in range(self.queued)]
-        if self.device.type != "cuda":
+        if not self.by_events:
+            synchronize(self.device)
             started = time.perf_counter()
-            for call in calls:
-                call()
-            return (time.perf_counter() - started) / len(calls), False
+            calls[0]()
+            synchronize(self.device)
+            return time.perf_counter() - started, False
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         torch.cuda._sleep(int(self.head_start * CYCLES_PER_SECOND))
@@ -114,13 +123,32 @@ def take_turns(
     min_rounds: int = MIN_ROUNDS,
     max_rounds: int = MAX_ROUNDS,
     patience: float = 1,
+    clock: Clock = "device",
+    fail: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Timing]:
     """Time all contenders in rounds of one sample each, for about `seconds` and at least so many rounds.
 
-    While any of them is noisy, they go on to `patience` times as many rounds.
+    While any of them is noisy, they go on to `patience` times as many rounds. Who raises an error is told to `fail`,
+    and the others go on without it; there must be one or the error is raised.
     """
-    ready = {name: _Contender(calls, device) for name, calls in contenders.items()}
-    started, turn, rounds = time.perf_counter(), 0, 0
+    ready: dict[str, _Contender] = {}
+    turn, rounds = 0, 0
+
+    def guarded(name: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            ready.pop(name, None)
+            if fail is None:
+                raise
+            fail(name, error)
+
+    def start(name: str) -> None:
+        ready[name] = _Contender(contenders[name], device, clock)
+
+    for name in list(contenders):
+        guarded(name, functools.partial(start, name))
+    started = time.perf_counter()
 
     def times() -> dict[str, Timing]:
         return {name: timing(contender.samples, contender.late) for name, contender in ready.items()}
@@ -129,11 +157,13 @@ def take_turns(
         return rounds >= min_rounds and (time.perf_counter() - started >= seconds or rounds >= max_rounds)
 
     most = math.inf
-    order, shuffle = list(ready.values()), random.Random(0).shuffle
-    while rounds < most:
+    shuffle = random.Random(0).shuffle
+    order = list(ready)
+    while ready and rounds < most:
         shuffle(order)  # who goes before may leave caches or clocks in another state
-        for contender in order:
-            contender.sample(turn)
+        for name in [name for name in order if name in ready]:
+            contender = ready[name]
+            guarded(name, functools.partial(contender.sample, turn))
             turn += contender.queued
         rounds += 1
         if most == math.inf and enough():
@@ -153,21 +183,8 @@ def quartiles(numbers: Sequence[float]) -> list[float]:
     return statistics.quantiles([*numbers, *numbers[: len(numbers) == 1]], n=4, method="inclusive")
 
 
-def wall_seconds(contenders: Mapping[str, Sequence[Run]], device: torch.device, rounds: int = 20) -> dict[str, float]:
-    """Median seconds from the call to the end of its work on the device, in turns."""
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds):
-        for name, calls in contenders.items():
-            synchronize(device)
-            started = time.perf_counter()
-            calls[turn % len(calls)]()
-            synchronize(device)
-            samples[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in samples.items()}
-
-
 def count_syncs(run: Run, device: torch.device) -> int:
-    """How often a call waits for the GPU, or on a CPU would wait for one; see `syncs_counted`."""
+    """How often a call waits for the GPU in ways that `syncs_counted` sees, or on a CPU would wait for one."""
     with syncs_counted(device) as count:
         run()
         return count()
@@ -176,6 +193,9 @@ def count_syncs(run: Run, device: torch.device) -> int:
 @contextmanager
 def syncs_counted(device: torch.device) -> Iterator[Callable[[], int]]:
     """Gives a function that says how often the host waited so far.
+
+    On a GPU by its debug mode for synchronization, which sees neither `Event.synchronize` (by which the engine waits
+    for its tokens), nor `Stream.synchronize`, nor `torch.cuda.synchronize`.
 
     On a CPU: how often it asks for numbers (`item`, `bool`, `tolist`, `numpy`, `cpu`) or for a shape that depends on
     them (`nonzero`, `unique`, indexing by booleans, …). Copies by `to` can't be told from copies to a device and are
@@ -227,25 +247,33 @@ class _AskedFunctions(TorchFunctionMode):
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
-    """Memory a call needs at its peak, beyond what was there before and what it returns.
+    """Memory a call needs at its peak, beyond what was there before and what of its results is new.
 
     On a CPU from the profiler, which hears of every allocation, by compiled code too.
     """
-    if device.type != "cuda":
-        returned = 0
+    outputs: Outputs = []
 
-        def called() -> None:
-            nonlocal returned
-            returned = sum(t.nbytes for t in run())
+    def called() -> None:
+        nonlocal outputs
+        outputs = run()
 
-        sizes = [size for size in allocations(called) if isinstance(size, int)]
-        return max(0, *itertools.accumulate(sizes, initial=0)) - returned
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    returned = sum(t.nbytes for t in run())
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - returned
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        called()
+        torch.cuda.synchronize()
+        peak, kept = (f() - before for f in (torch.cuda.max_memory_allocated, torch.cuda.memory_allocated))
+    else:
+        held = list(itertools.accumulate((size for size in allocations(called) if isinstance(size, int)), initial=0))
+        peak, kept = max(held), held[-1]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, map(local, outputs))}
+    return peak - max(min(sum(storages.values()), kept), 0)  # what was there before is not kept by this call
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be sharded."""
+    return getattr(tensor, "to_local", lambda: tensor)()
 
 
 def allocations(call: Callable[[], Any], marks: str | None = None) -> list[int | str]:
@@ -310,33 +338,67 @@ def _largest(x: Tensor) -> float:
 
 
 class Ceilings(NamedTuple):
-    """What the device reaches in this run: large copies, read + write, and products of random matrices."""
+    """The most that the device reached in this run, of several streams and several sizes of matrices: their best
+    samples, so that what runs later may come near, but is not above by chance."""
 
-    bytes_per_second: float
+    bytes_per_second: float  # of a large copy (read + write), a change in place or a sum, whichever has most
     flops_per_second: float  # of bfloat16 on a GPU, of float32 on a CPU
+    copied_bytes_per_second: float | None = None  # of the copy
+    noisy: str | None = None  # a sentence, where the samples that they are of spread too much
 
     def seconds(self, num_bytes: float, flops: float) -> float:
         """The least time for this work."""
         return max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
 
 
+class _Probe(NamedTuple):
+    work: float  # bytes or floating-point operations
+    run: Run
+
+
 def ceilings(device: torch.device, seconds: float = 20.0) -> Ceilings:
-    """Measure them in about `seconds`, a half for each: long enough to see what the device keeps up."""
-    gpu = device.type == "cuda"
-    copied_bytes, matrix = (2**30, 8192) if gpu else (2**28, 2048)  # far beyond the caches
-    source = torch.empty(copied_bytes, dtype=torch.uint8, device=device).random_(0, 255)
-    target = torch.empty_like(source)
-    dtype = torch.bfloat16 if gpu else torch.float32
-    left, right = (torch.randn(matrix, matrix, device=device, dtype=dtype) for _ in range(2))
-    product = torch.empty_like(left)
-    calls: dict[str, Run] = {
-        "copy": lambda: [target.copy_(source)],
-        "matmul": lambda: [torch.mm(left, right, out=product)],
+    """Measure them in about `seconds`, a half for each."""
+    rates, noisy = zip(*(_rates(probes, device, seconds / 2) for probes in (_streams, _products)), strict=True)
+    streams, products = rates
+    said = "; ".join(filter(None, noisy)) or None
+    return Ceilings(max(streams.values()), max(products.values()), streams["copy"], said)
+
+
+def _streams(device: torch.device) -> dict[str, _Probe]:
+    """A copy alone is no ceiling: on a CPU its target is read too before it is written."""
+    count = 2**28 if device.type == "cuda" else 2**26  # far beyond the caches
+    source, target = torch.ones(count, device=device), torch.ones(count, device=device)
+    return {
+        "copy": _Probe(2 * source.nbytes, lambda: [target.copy_(source)]),
+        "change in place": _Probe(2 * source.nbytes, lambda: [source.neg_()]),
+        "sum": _Probe(source.nbytes, lambda: [source.sum()]),
     }
-    copy, matmul = (
-        take_turns({name: [call]}, device, seconds / 2, max_rounds=10**6)[name].seconds for name, call in calls.items()
-    )
-    return Ceilings(2 * copied_bytes / copy, 2 * matrix**3 / matmul)
+
+
+def _products(device: torch.device) -> dict[str, _Probe]:
+    gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+
+    def probe(n: int) -> _Probe:
+        left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        product = torch.empty_like(left)
+        return _Probe(2 * n**3, lambda: [torch.mm(left, right, out=product)])
+
+    sizes = (4096, 8192, 16384) if gpu else (1024, 1536, 2048)
+    return {f"product of {n}": probe(n) for n in sizes}
+
+
+def _rates(
+    make: Callable[[torch.device], dict[str, _Probe]], device: torch.device, seconds: float
+) -> tuple[dict[str, float], str | None]:
+    """The best of each probe, and None or why the highest of them is no sure number."""
+    probes = make(device)
+    calls = {name: [probe.run] for name, probe in probes.items()}
+    timings = take_turns(calls, device, seconds, min_rounds=FEW_ROUNDS, max_rounds=10**6)
+    rates = {name: probe.work / min(timings[name].samples) for name, probe in probes.items()}
+    best = max(rates, key=lambda name: rates[name])
+    noise = timings[best].noise
+    return rates, noise and f"{best}: {noise}"
 
 
 def keep_freed_memory() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.case import OFF_DEVICE
 from benchmarks.results import is_current
 from benchmarks.stages import TABLE
 
@@ -122,6 +123,8 @@ def peers(record: Record, on_gpu: bool = True) -> list[str]:
 
 def share(record: Record, found: Mapping[str, Any]) -> float | None:
     """The part of the measured ceiling that a contender (or a stage of a whole) reached."""
+    if found.get("stage", record.get("stage")) in OFF_DEVICE:
+        return None
     if found.get("share_of_ceiling") is not None:
         return found["share_of_ceiling"]
     top = record.get("ceilings")

@@ -1,6 +1,8 @@
-"""What is required of the kernels on an H100, how a results file stands beside it, and how results are shown.
+"""What is required on an H100 of kernels, training steps and answering, how a results file stands beside it, and how
+results are shown.
 
-Every line takes the worst of its cases. A ratio is a contender's time divided by ours, so that more is better.
+Every line takes the worst of its cases. A ratio is a contender's time, or what else the line names, divided by ours, so
+that more is better unless the line says at most.
 """
 
 from collections.abc import Callable, Mapping
@@ -83,7 +85,9 @@ def share_of_weights(record: Record) -> float:
 
 
 def share_of_copy(record: Record) -> float:
-    return record["bytes"] / (result(record, "ours") * 1e-6) / record["ceilings"]["bytes_per_second"]
+    top = record["ceilings"]
+    copied = top.get("copied_bytes_per_second") or top["bytes_per_second"]  # in older records this was of the copy
+    return record["bytes"] / (result(record, "ours") * 1e-6) / copied
 
 
 def group(name: str, part: str = "") -> Callable[[str, Record], bool]:
@@ -258,15 +262,24 @@ def describe(name: str, record: Record) -> str:
         low, high = found["quartiles_us"]
         said = f"  {contender:<32}{found['us']:>11.1f} µs ({low:.1f} to {high:.1f})"
         said += f"{ratio_said(found):>30}" if "ratio" in found else ""
-        said += f"{found['share_of_ceiling']:>8.1%} of the ceiling" if "share_of_ceiling" in found else ""
+        said += share_said(found["share_of_ceiling"]) if "share_of_ceiling" in found else ""
         if record.get("items"):
             said += f", {record['items'] / found['us'] * 1e6:.4g} {record['unit']}/s"
         said += f", error {found['error_in_plain_errors']:g} of plain" if found["error_in_plain_errors"] else ""
-        for unit, text in (("wall_us", "{:.1f} µs wall"), ("syncs", "{} syncs"), ("peak_bytes", "{:.3e} bytes peak")):
+        for unit, text in (
+            ("wall_us", "{:.1f} µs wall"),
+            ("syncs", "{} syncs"),
+            ("peak_bytes", "{:.3e} bytes peak"),
+        ):
             said += f", {text.format(found[unit])}" if unit in found else ""
         said += f", host-bound {found['host_bound']:.0%}" if found["host_bound"] else ""
         lines += [said, *_of_step(found, record), *_of_answers(found)]
     return "\n".join(lines)
+
+
+def share_said(share: float) -> str:
+    above = ", ABOVE it: read from a cache, or the ceiling was measured on a busier machine" if share > 1 else ""
+    return f"{share:>8.1%} of the ceiling{above}"
 
 
 def ratio_said(found: Record) -> str:
@@ -275,9 +288,11 @@ def ratio_said(found: Record) -> str:
 
 def described(top: Ceilings, device: torch.device) -> str:
     kind = "bfloat16" if device.type == "cuda" else "float32"
+    copied = top.copied_bytes_per_second or top.bytes_per_second
     return (
-        f"this device copies {top.bytes_per_second / 1e9:.1f} GB/s, read + write, and multiplies {kind} matrices at "
-        f"{top.flops_per_second / 1e12:.3g} TFLOP/s"
+        f"this device copies {copied / 1e9:.1f} GB/s, read + write, streams {top.bytes_per_second / 1e9:.1f} GB/s at "
+        f"most, and multiplies {kind} matrices at {top.flops_per_second / 1e12:.3g} TFLOP/s"
+        + (f"; its ceilings are noisy: {top.noisy}" if top.noisy else "")
     )
 
 
@@ -321,6 +336,7 @@ def _of_step(found: Record, record: Record) -> list[str]:
         total = sum(times.values())
         lines += [f"    {stage:<32}{us / 1e3:>9.1f} ms{us / total:>7.1%}" for stage, us in times.items() if us]
         lines.append(f"    {'sum':<32}{total / 1e3:>9.1f} ms, {total / found['whole_us']:.2f} × the step without marks")
+        lines += [f"    the step without marks: {found['whole_noisy']}"] if "whole_noisy" in found else []
     return lines
 
 

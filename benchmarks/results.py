@@ -24,7 +24,11 @@ from benchmarks.case import Case
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 SHOWING = {"conftest", "requirements", "results", "run"}  # say how results are asked for, kept and shown
-PEERS = ("flash_attn", "xformers", "liger_kernel", "apex")
+# Beside torch: what a time, or who contends, may depend on.
+PACKAGES = (
+    "triton", "transformers", "numpy", "pillow", "nvidia_dali_cuda130", "nvidia_dali_cuda120",
+    "flash_attn", "xformers", "liger_kernel", "apex",
+)  # fmt: skip
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -74,7 +78,7 @@ def _hash(root: Path, files: Sequence[Path], more: str = "") -> str:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
-    for name in ("triton", *PEERS):
+    for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name.replace("_", "-"))
         except importlib.metadata.PackageNotFoundError:
@@ -141,7 +145,7 @@ class Results:
             self.content["cases"][case.name] = found
         elif is_noisy(found):
             found["finished"] = False
-        names = ("stage", "group", "items", "unit", "sweep", "bytes", "flops", "dispatch")
+        names = ("stage", "group", "items", "unit", "sweep", "bytes", "flops", "dispatch", "clock")
         about = {name: getattr(case, name) for name in names}
         found |= about | {"commit": self.content["commit"]} if not found["finished"] else about
         return found
@@ -156,7 +160,7 @@ class Results:
 
 
 def is_noisy(record: Mapping[str, Any]) -> bool:
-    return any("noisy" in found for found in record["contenders"].values())
+    return any({"noisy", "noisy_wall"} & found.keys() for found in record["contenders"].values())
 
 
 def is_current(record: Mapping[str, Any], content: Mapping[str, Any]) -> bool:

@@ -191,7 +191,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the files")
     parser.add_argument("--seconds", type=float, default=440, help="stop before these are over")
-    parser.add_argument("--probe-seconds", type=float, default=20, help="of copies and products at the start")
+    parser.add_argument("--probe-seconds", type=float, default=20, help="of streams and products at the start")
     parser.add_argument("--only", default="", help="run cases whose name contains this")
     parser.add_argument("--full", action="store_true", help="go on to sizes that take minutes, on a CPU")
     parser.add_argument("--worker", action="store_true", help="measure in this process, without a second one to watch")

@@ -19,7 +19,7 @@ import torch
 from torch.profiler import record_function
 
 from aligngpt.stages import Stopwatch, listening
-from benchmarks.measure import allocations, synchronize, syncs_counted
+from benchmarks.measure import allocations, synchronize, syncs_counted, timing
 
 TABLE = {
     "read + decode": "bench_images",
@@ -62,8 +62,9 @@ def measure(
     rounds: int,
     before: Callable[[], Any] = lambda: None,  # each step, outside of what is measured
 ) -> dict[str, Any]:
-    """The table of a step: {"whole_us", "whole_peak_bytes", "whole_syncs", "stages": a row for each of `work` in its
-    order, "rest": microseconds of all else by name}. It runs 3 + 2 · rounds steps, which must do the same.
+    """The table of a step: {"whole_us", "whole_quartiles_us", "whole_peak_bytes", "whole_syncs", "stages": a row for
+    each of `work` in its order, "rest": microseconds of all else by name}, and "whole_noisy", a sentence, where it is.
+    It runs 3 + 2 · rounds steps, which must do the same.
 
     Raises:
         ValueError: a stage of `work` did not run.
@@ -83,8 +84,10 @@ def measure(
     if missing:
         raise ValueError(f"work has {missing}; it needs stages that the step runs, which are {list(marked[0])[1:]}")
     us = {name: round(1e6 * statistics.median(of[name] for of in marked), 3) for name in marked[0]}
-    return {
-        "whole_us": round(1e6 * statistics.median(whole), 3),
+    total = timing(whole)
+    return ({} if total.noise is None else {"whole_noisy": total.noise}) | {
+        "whole_us": round(1e6 * total.seconds, 3),
+        "whole_quartiles_us": [round(1e6 * q, 3) for q in total.quartiles],
         "whole_peak_bytes": highest[UNMARKED],
         "whole_syncs": sum(waited.values()),
         "stages": [

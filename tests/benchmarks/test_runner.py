@@ -1,5 +1,7 @@
 """The GPU benchmark's machinery, on a CPU: who is timed, what is recorded, how a stopped run goes on, what it says."""
 
+import dataclasses
+import importlib.metadata
 import json
 import platform
 import re
@@ -16,13 +18,15 @@ import pytest
 import torch
 from aligngpt_kernels.__main__ import OPS
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_loss, dispatch, measure, requirements
+from benchmarks import bench_loss, dispatch, measure, readings, requirements
 from benchmarks import case as case_module
 from benchmarks import run as runner
 from benchmarks.case import ENDED, Absent, Case, Contender, DeviceLost, run_case, simple
+from benchmarks.conftest import assert_ours
 from benchmarks.measure import Ceilings, compare, take_turns
-from benchmarks.results import Results, code_hash, commit, write_json
+from benchmarks.results import Results, code_hash, commit, is_noisy, versions, write_json
 from benchmarks.run import all_cases, run_cases, supervise
 
 CPU = torch.device("cpu")
@@ -106,6 +110,65 @@ def test_preparing_is_not_timed_and_finishing_is_neither():
 
     results = run_case(make_case(contenders={"slow to start": Contender(prepare, finish)}), CPU, seconds=0)
     assert results["slow to start"]["us"] < 5000
+
+
+def out_of_memory() -> None:
+    raise MemoryError("no room for 3 copies")
+
+
+def test_who_fails_later_is_named_and_the_others_go_on(monkeypatch):
+    """In a round, before the first round, or while its details are read: of a peer or of ours."""
+
+    monkeypatch.setattr(case_module, "free", lambda device: None)  # it takes half a second each time
+
+    def until(last: int) -> Contender:
+        calls = iter(range(10**6))
+        return simple(lambda x: double_it(x) if next(calls) < last else out_of_memory())
+
+    contenders = {
+        "before": until(1),  # it is right, and then it is called to be timed
+        "in a round": until(8),
+        "its details": simple(double_it, details=lambda *_: out_of_memory()),
+        "ours, its details": simple(double_it, details=lambda *_: out_of_memory()),
+        "its details need what is missing": simple(double_it, details=lambda run, x, seconds: missing_package(x)),
+        "fine": simple(double_it, details=lambda *_: {"more": 1}),
+    }
+    saved: list[dict[str, Any]] = []
+    results: dict[str, Any] = {}
+    timings: dict[str, measure.Timing] = {}
+    case = make_case(contenders=contenders)
+    run_case(case, CPU, None, results, lambda: saved.append(dict(results)), 0, timings)
+    failed = {"failed": "MemoryError: no room for 3 copies"}
+    for name in ("before", "in a round", "its details", "ours, its details"):
+        assert results[name] == failed, name
+        assert any(before.get(name) == failed for before in saved), name
+    assert results["its details need what is missing"] == {"absent": "a_package_that_nobody_has is not installed"}
+    assert timings.keys() == {"ours", "fine"}
+    assert results["fine"]["more"] == 1
+    assert results["fine"]["rounds"] == results["ours"]["rounds"] >= measure.MIN_ROUNDS
+    with pytest.raises(AssertionError, match="no room for 3 copies"):
+        assert_ours(results)
+
+
+def test_all_of_ours_must_be_right_that_are_there():
+    time, absent, wrong = {"us": 1.0}, {"absent": "no TMA"}, {"wrong": "result 0 is off"}
+    assert_ours({"ours": time, "ours, another": {"noisy": "why"}, "ours, a third": absent, "peer": wrong})
+    for results in ({"ours": time, "ours, another": wrong}, {"ours": absent}, {"peer": time}):
+        with pytest.raises(AssertionError):
+            assert_ours(results)
+
+
+def test_work_of_the_host_has_no_share_of_the_devices_ceilings(monkeypatch):
+    monkeypatch.setattr(case_module, "free", lambda device: None)
+    for stage in case_module.OFF_DEVICE:
+        case = make_case(stage=stage)
+        found = run_case(case, CPU, CEILINGS, seconds=0)["ours"]
+        assert "us" in found
+        assert "share_of_ceiling" not in found
+        record = {"stage": stage, "bytes": 40, "flops": 5, "ceilings": CEILINGS._asdict()}
+        assert readings.share(record, found) is None
+        assert readings.share({"ceilings": CEILINGS._asdict()}, record | {"us": 1.0}) is None  # a row of a whole
+    assert readings.share({"ceilings": CEILINGS._asdict()}, {"stage": "gate", "bytes": 500, "us": 1.0}) == 0.5
 
 
 def test_a_process_that_dies_leaves_its_name():
@@ -260,6 +323,51 @@ def test_a_host_that_is_late_is_told_of_and_given_more_time(monkeypatch):
     assert fake.sleeps[-1] <= measure.MAX_HEAD_START * measure.CYCLES_PER_SECOND
 
 
+def test_work_of_the_host_is_timed_from_an_idle_device_to_its_end(monkeypatch):
+    """Events would see none of it: the head start covers it. Each call queues work, which the device does later."""
+    fake = FakeCuda(0.0)
+    device: Any = fake.install(monkeypatch)
+    queued = [7.0]  # that somebody left
+
+    def call() -> list[Tensor]:
+        fake.now += 2.0
+        queued.append(0.5)
+        return []
+
+    def synchronize(*_: Any) -> None:
+        fake.now += sum(queued)
+        queued.clear()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: fake.now)
+    for name, value in (("l2_bytes", 0), ("free", None), ("synchronize", None)):
+        monkeypatch.setattr(case_module, name, lambda device, value=value: value)
+    case = make_case(clock="host", contenders={"ours": simple(lambda x: [*call(), 2 * x])})
+    found = run_case(dataclasses.replace(case, make=lambda device: torch.ones(5)), device)["ours"]
+    assert found["us"] == 2.5e6
+    assert found["host_bound"] == 0
+    assert not fake.sleeps
+    assert take_turns({"x": [call]}, device, 0)["x"].seconds != 2.5
+
+
+def test_the_clocks_time_has_quartiles_or_a_sentence(monkeypatch):
+    monkeypatch.setattr(measure, "NOISY", 0.25)
+    quiet, loud = measure.timing([1.0] * 4 + [1.2] * 4), measure.timing([1.0, 2.0] * 4)
+    assert case_module.by_the_clock(quiet) == {"wall_us": 1.1e6, "wall_quartiles_us": [1e6, 1.2e6]}
+    found = case_module.by_the_clock(loud)
+    assert found.keys() == {"noisy_wall"}
+    assert is_noisy({"contenders": {"ours": {"us": 1.0} | found}})
+
+
+def test_of_few_rounds_all_samples_must_be_near(monkeypatch):
+    """The middle half of three numbers is half of their range."""
+    monkeypatch.setattr(measure, "NOISY", 0.25)
+    few = measure.timing([1.0, 1.1, 1.4])
+    assert few.noise == "its 3 samples spread over 36% of its median; 25% is allowed"
+    assert measure.timing([1.0, 1.1, 1.2]).noise is None
+    assert measure.timing([1.0, 1.1, 1.1, 1.1, 1.4]).noise is None
+
+
 class FakeClock:
     """Calls that take as long as they are told, call by call, the last number again and again."""
 
@@ -409,6 +517,66 @@ def test_memory_is_what_a_call_needs_beside_what_it_returns_and_was_given():
         return list(torch.autograd.grad(x.exp().exp().sum(), [x]))
 
     assert measure.peak_bytes(backward, CPU) == pytest.approx(3 * megabyte - megabyte, abs=200)
+
+
+def test_results_that_were_there_before_are_no_part_of_the_peak():
+    """A step that returns its weights needs its temporary memory; so does one that returns parts or the same twice."""
+    x, megabyte = torch.randn(250, 1000), 1_000_000
+
+    def step() -> list[Tensor]:
+        return [(x.exp() + 1).sum(), x, x.detach(), x[:10]]
+
+    def views() -> list[Tensor]:  # the whole of what is new remains
+        fresh = x.exp() + 1
+        return [fresh[:5], fresh.T, fresh]
+
+    assert measure.peak_bytes(step, CPU) == pytest.approx(2 * megabyte, abs=200)
+    assert measure.peak_bytes(views, CPU) == pytest.approx(megabyte, abs=200)
+
+
+def test_no_stream_and_no_product_is_far_above_the_ceilings(monkeypatch):
+    """By the rates of the best samples; of a call that takes no time there would be no ceiling."""
+    clock = FakeClock(monkeypatch)
+    seconds = {
+        "copy": (2.0, 4.0),
+        "change in place": (1.0, 2.0),
+        "sum": (3.0, 3.0),
+        "small": (1.0, 1.0),
+        "large": (4.0, 4.0),
+    }
+
+    def probes(names: Sequence[str]) -> Callable[[torch.device], dict[str, Any]]:
+        def of(name: str) -> measure._Probe:
+            call = clock.contender(lambda number: seconds[name][number % 2]).prepare(torch.ones(1))
+            return measure._Probe({"sum": 6.0, "large": 12.0}.get(name, 8.0), call)
+
+        return lambda device: {name: of(name) for name in names}
+
+    monkeypatch.setattr(measure, "_streams", probes(("copy", "change in place", "sum")))
+    monkeypatch.setattr(measure, "_products", probes(("small", "large")))
+    top = measure.ceilings(CPU, 1.0)
+    assert top[:3] == (8.0, 8.0, 4.0)
+    assert top.noisy == "change in place: its middle half spreads over 100% of its median; 25% is allowed"
+    assert top.noisy in requirements.described(top, CPU)
+    found = {"us": 1.0, "quartiles_us": [1, 1], "error_in_plain_errors": 0, "host_bound": 0, "share_of_ceiling": 1.5}
+    shown = {"bytes": 8, "flops": 0, "contenders": {"ours": found}}
+    assert "150.0% of the ceiling, ABOVE it" in requirements.describe("x", shown)
+    assert "ABOVE" not in requirements.describe("x", {**shown, "contenders": {"ours": found | {"share_of_ceiling": 1}}})
+
+
+def test_the_probes_do_the_work_that_they_are_counted_for():
+    """Operations by PyTorch's counter; the streams go over 256 MB, each twice but for the sum."""
+    with FlopCounterMode(display=False) as counter:
+        probes = measure._products(CPU)
+        for probe in probes.values():
+            before = counter.get_total_flops()
+            probe.run()
+            assert counter.get_total_flops() - before == probe.work
+    streams = measure._streams(CPU)
+    assert streams["copy"].work == streams["change in place"].work == 2 * streams["sum"].work == 2**29
+    for expected in (-(2**26), 2**26):  # every number is gone over
+        streams["change in place"].run()
+        assert streams["sum"].run()[0] == streams["copy"].run()[0].sum() == expected
 
 
 def test_enough_copies_to_leave_the_cache(monkeypatch):
@@ -591,6 +759,13 @@ def test_a_time_keeps_the_ceilings_it_was_taken_under(results):
     assert [records[name]["ceilings"]["bytes_per_second"] for name in "ab"] == [1e9, 2e9]
     assert records["a"]["copies"] == 1
     assert "one copy of the inputs" in requirements.describe("a", records["a"])
+
+
+def test_versions_are_of_all_that_times_depend_on():
+    found = versions()
+    for name in ("transformers", "numpy", "pillow"):
+        assert found[name] == importlib.metadata.version(name)
+    assert {"torch", "triton", "nvidia_dali_cuda130"} <= found.keys()
 
 
 def test_results_do_not_make_the_tree_dirty(tmp_path):

@@ -64,6 +64,18 @@ def test_times_go_to_their_stages_and_add_up(by_hand):
     assert outer["us"] in (10e6, 11e6)
     assert found["rest"] == {"inner": 36e6, "unmarked": 1e6}
     assert found["whole_us"] - 53e6 in (10e6, 11e6)
+    assert found["whole_quartiles_us"][0] <= found["whole_us"] <= found["whole_quartiles_us"][1]
+    assert "whole_noisy" not in found
+
+
+def test_a_whole_whose_steps_differ_too_much_says_so(by_hand, monkeypatch):
+    monkeypatch.setattr("benchmarks.measure.NOISY", 0.25)
+    counted = iter([1, 1, 1, 2, 1, 3, 1, 1, 1])  # one first, then without marks and with, in turns
+
+    def step() -> None:
+        by_hand(next(counted))
+
+    assert measure(step, CPU, {}, rounds=3)["whole_noisy"].startswith("its 3 samples spread over 100% of its median")
 
 
 def test_a_stage_that_did_not_run_is_refused():

@@ -116,7 +116,7 @@ class Metrics:
         ValueError: W&B does not take the run, or `check_log` was not asked and a package is missing.
     """
 
-    def __init__(self, config: TrainConfig, *, first_step: int, total_steps: int, world: World):
+    def __init__(self, config: TrainConfig, *, first_step: int, total_steps: int, world: World, bar: bool = True):
         self.held = ExitStack()
         self.enabled = world.rank == 0
         self.peak_tflops = config.log.peak_tflops or peak_tflops(world.device)
@@ -139,6 +139,7 @@ class Metrics:
                 initial=first_step,
                 unit="step",
                 dynamic_ncols=True,
+                disable=not bar,
                 file=sys.stderr,
                 mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; in a file each drawing is a line
             )

@@ -70,7 +70,7 @@ def small(**other: Any) -> AlignGPTConfig:
     [
         (STAGE_1, 5, 0, "layer", 0, torch.bfloat16, False),  # five divides nothing; frozen layers are gathered alone
         (STAGE_2, 2, 0, "layer", 0, torch.float32, True),
-        (STAGE_2, 4, 2, "layer", 0, torch.bfloat16, False),  # two copies: summed over them in the last micro-batch
+        (STAGE_2, 8, 4, "layer", 0, torch.bfloat16, False),  # two copies: summed over them in the last micro-batch
         (STAGE_2, 6, 3, "step", 0, torch.bfloat16, False),
         (STAGE_2, 2, 1, "layer", 0, torch.float32, False),  # each a copy: nothing is cut
         (STAGE_2, 3, 0, "step", 2, torch.bfloat16, False),

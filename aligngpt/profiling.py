@@ -232,7 +232,7 @@ class Profile:
             host_seconds=self._host_seconds,
             events=events,
             device=_name(self.device),
-            peak_bytes=_peak_bytes(self.device),
+            peak_bytes=peak_memory_bytes(self.device),
         )
         text = f"{summary(recorded)}\ntrace: {self.folder / TRACE}\n"
         with whole_file(self.folder / SUMMARY) as temporary:
@@ -473,7 +473,7 @@ def _name(device: torch.device) -> str:
     return f"a CPU, {_count(torch.get_num_threads(), 'thread')}"
 
 
-def _peak_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held so far: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -23,7 +23,6 @@ import importlib
 import json
 import math
 import re
-import resource
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -280,14 +279,6 @@ def peak_by_name(name: str) -> float | None:
     if "MIG" in words:
         return None
     return next((peak for known, peak in PEAK_TFLOPS.items() if words.issuperset(known.split())), None)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    kibibytes_or_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes_or_bytes if sys.platform == "darwin" else kibibytes_or_bytes * 1024
 
 
 def lines_until(path: Path, step: int) -> list[str]:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -250,6 +252,27 @@ def test_calibration_runs_the_loop_on_what_was_planned(
     # Of two processes the busiest counts in each micro-batch.
     two = calibrate.work_of(kinds[0]._replace(tokens=(30, 20, 5), images=(1, 0, 0), supervised=(3, 2, 1)), config, 2)
     assert two == Work(1, 30, 3, 1)
+
+
+@pytest.mark.slow
+def test_the_command_measures_the_machine_and_plans_with_it() -> None:
+    """In two processes of their own."""
+    flags = "--gpus 2 --model tiny --samples 100 --global-batch-size 4 --token-budget 512 --images-per-sample 0.5"
+    command = [sys.executable, "-m", "training.plan", *flags.split(), "--calibrate"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "tok/s" not in done.stderr  # no bar of what is measured
+    said = " ".join(done.stdout.split())
+    assert "plan of pretrain: tiny on 2 × this machine's " in said
+    assert f"measured here in {5 * calibrate.TIMED} steps of 2 process(es)" in said
+    assert "waiting for communication in the above together" in said
+    seconds, fixed, together = (
+        float(re.search(rf"{name} ([\d.]+)", said.partition("seconds of a step")[2]).group(1))  # type: ignore[union-attr]
+        for name in ("forward and backward", "optimizer and what is fixed", "together")
+    )
+    assert together == pytest.approx(seconds + fixed, abs=0.0021)
+    measured = float(re.search(r"([\d.]+) s as planned", said).group(1))  # type: ignore[union-attr]
+    assert measured / 2 < together < measured * 2
 
 
 def test_words_that_are_drawn_are_no_images() -> None:

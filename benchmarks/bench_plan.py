@@ -6,7 +6,7 @@ what they hold, not in kind. What is timed is planning itself; it counts as wron
 the run's metrics.jsonl says, and the micro-batches.
 
     predicted_us, measured_us   of a step; the median of the run's, but for its first and last ones
-    error                       predicted / measured - 1, of a step
+    error                       predicted / measured - 1, of a step: a share, below 0 where too little was predicted
     total_error                 the same of all those steps together
 
 On a GPU the model has the width of 7B. The quick case plans a run and does not run it.

@@ -316,3 +316,13 @@ def test_micro_batches_of_a_plan(parts: Any) -> None:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=False))
     padded = plan.make_batches(config, lengths, OneStep(), processes=2, total_steps=1)  # type: ignore[arg-type]
     assert padded == plan.Batches(MicroBatch((1, 40), 2, 16), 2, 2.0, 1.0, 100 / 120)
+
+    class TwoSteps:
+        def steps(self, first: int, stop: int) -> Iterator[np.ndarray]:
+            yield np.arange(4)
+            yield np.array([3, 3, 3, 3])  # none fits beside another
+
+    config = plan.TrainConfig(token_budget=50)
+    uneven = plan.make_batches(config, lengths, TwoSteps(), processes=2, total_steps=2)  # type: ignore[arg-type]
+    assert (uneven.micro_batches, uneven.micro_batches_mean) == (2, 1.5)  # memory takes the most, time the mean
+    assert uneven.packed == (100 + 160) / (2 * 50 + 2 * 2 * 40)

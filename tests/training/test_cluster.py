@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -355,6 +356,17 @@ def test_the_printed_plan_adds_up(capsys: pytest.CaptureFixture[str], monkeypatc
     assert "all-gather of 4 " in said
     assert "time: not predicted: known rates are of bf16" in said
     assert "seconds of a step" not in said
+
+
+def test_a_gpu_of_this_machine_without_rates_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: SimpleNamespace(total_memory=10**10))
+    for name in ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA Abacus"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert forecast.main(["--gpus", "8"]) == 1
+        assert f"--device is {name!r}; it needs one of " in capsys.readouterr().err
 
 
 def test_numbers_and_devices_are_read_as_they_are_written() -> None:

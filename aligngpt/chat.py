@@ -360,7 +360,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         metavar="DIR",
-        help=f"after an unrecorded answer, write a trace and a summary of the first {PROFILED_STEPS} engine steps",
+        help=f"after an unrecorded answer, write a trace and a summary of the first {PROFILED_STEPS} engine steps; "
+        "answers wait for some seconds meanwhile",
     )
     parser.add_argument("--web", action="store_true", help="serve a page for the browser until Ctrl-C")
     parser.add_argument("--host", default="127.0.0.1", help="of the page (default 127.0.0.1: this machine alone)")

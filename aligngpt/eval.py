@@ -141,6 +141,8 @@ def _begun(args: argparse.Namespace, everyone: Team) -> tuple[list[runner.Work],
             raise ValueError(f"the judge's {error}") from error
     tasks = runner.find_tasks(args.task)
     if args.profile is not None:
+        if Path(args.profile).resolve() == Path(args.out).resolve():
+            raise ValueError(f"--profile is {args.profile}, which is --out too; it needs a folder of its own")
         check_folder("--profile", args.profile)
     device = everyone.device(args.device)
     work = runner.read_all(tasks, Path(args.data), args.limit)

@@ -13,10 +13,10 @@ the trace; the summary is of the thread that takes the steps, and of all kernels
 between events in its stream, and "kernels" are the kernels that were launched in it, whenever they ran.
 
 Both files are written when the steps are recorded, or else at the end of the context with what there is by then; after
-an error nothing is. A folder that holds other files is refused.
+an error nothing is. They are written in the thread that takes the steps, which goes on some seconds later: an engine's
+users wait so long. What goes wrong in a profiler is said, and ends nothing. A folder with other files is refused.
 """
 
-import contextlib
 import gzip
 import json
 import os
@@ -104,6 +104,7 @@ class Profile:
         self._thread: int | None = None  # which takes the step
         self._open = threading.local()  # .ranges: those of this thread; None where it was not recorded
         self._held = ExitStack()
+        self._ends = threading.Lock()  # the thread that takes the steps may end it, and the context
 
     def __enter__(self) -> "Profile":
         self._held.enter_context(listening(self))
@@ -118,13 +119,7 @@ class Profile:
         self._held.close()
         if self.unit != ENGINE_STEP:  # what comes after the last step is none, but all of it where there are no steps
             self.end(self.unit, counts=self.unit == _CODE and not isinstance(error, Exception))
-        if self._state == "ended":
-            return
-        if isinstance(error, Exception):
-            with contextlib.suppress(RuntimeError):  # of a GPU that the error left unusable
-                self._stop()
-            return
-        self._finish()
+        self._finish(writes=not isinstance(error, Exception))
 
     def step(self) -> None:
         """A step has ended; what comes is of the next."""
@@ -166,15 +161,22 @@ class Profile:
     def _prepare(self) -> None:
         """A step ahead: it takes its time."""
         if self._state == "waiting" and self._num_seen >= self.skip - 1:
-            self._profile.prepare_trace()
-            self._state = "ready"
+            self._reach("ready", self._profile.prepare_trace)
 
     def _before_step(self) -> None:
         self._prepare()
         if self._state == "ready" and self._num_seen >= self.skip:
-            self._profile.start_trace()
-            self._state = "recording"
+            self._reach("recording", self._profile.start_trace)
         self._thread, self._began = threading.get_ident(), time.perf_counter()
+
+    def _reach(self, state: str, how: Callable[[], None]) -> None:
+        try:
+            how()
+        except Exception as error:  # a profiler's: what runs goes on without
+            self._state = "ended"
+            self.say(f"nothing is profiled: {error or type(error).__name__}")
+        else:
+            self._state = state
 
     def _after_step(self) -> None:
         self._num_seen += 1
@@ -194,18 +196,23 @@ class Profile:
         if before in ("ready", "recording"):
             self._profile.stop_trace()
 
-    def _finish(self) -> None:
-        self._stop()
-        if not self._num_recorded:
-            left_out = f", and the first {self.skip} are not recorded" if self.skip else ""
-            self.say(f"nothing was profiled: there were {_count(self._num_seen, self.unit)}{left_out}")
+    def _finish(self, *, writes: bool = True) -> None:
+        with self._ends:
+            if self._state == "ended":
+                return
+            try:
+                self._stop()
+                text = self._write() if writes and self._num_recorded else None
+            except (
+                Exception
+            ) as error:  # a profiler's, a disk's, or of a GPU that is unusable: what runs goes on without
+                if writes:
+                    self.say(f"the profile could not be written into {self.folder}: {error or type(error).__name__}")
+                return
+        if not writes:
             return
-        try:
-            text = self._write()
-        except OSError as error:  # what was profiled goes on without
-            self.say(f"the profile could not be written into {self.folder}: {error}")
-            return
-        self.say(text)
+        left_out = f", and the first {self.skip} are not recorded" if self.skip else ""
+        self.say(text or f"nothing was profiled: there were {_count(self._num_seen, self.unit)}{left_out}")
 
     def _write(self) -> str:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -225,7 +232,7 @@ class Profile:
             host_seconds=self._host_seconds,
             events=events,
             device=_name(self.device),
-            peak_bytes=_peak_bytes(self.device),
+            peak_bytes=peak_memory_bytes(self.device),
         )
         text = f"{summary(recorded)}\ntrace: {self.folder / TRACE}\n"
         with whole_file(self.folder / SUMMARY) as temporary:
@@ -466,7 +473,7 @@ def _name(device: torch.device) -> str:
     return f"a CPU, {_count(torch.get_num_threads(), 'thread')}"
 
 
-def _peak_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held so far: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

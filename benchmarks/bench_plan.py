@@ -6,7 +6,7 @@ what they hold, not in kind. What is timed is planning itself; it counts as wron
 the run's metrics.jsonl says, and the micro-batches.
 
     predicted_us, measured_us   of a step; the median of the run's, but for its first and last ones
-    error                       predicted / measured - 1, of a step
+    error                       predicted / measured - 1, of a step: a share, below 0 where too little was predicted
     total_error                 the same of all those steps together
 
 On a GPU the model has the width of 7B. The quick case plans a run and does not run it.
@@ -37,10 +37,10 @@ from benchmarks.results import ROOT
 from training import cluster, loop, sharding
 from training.calibrate import Calibration, calibrate
 from training.config import Stage, TrainConfig, read_command_line
-from training.dry_run import of_step
 from training.loader import Order, Part, Samples
 from training.metrics import FILE
 from training.plan import Lengths, Plan, plan_run, sample_lengths
+from training.plan_lines import of_step
 
 # Of the run's steps those between count: in the first ones the loader fills what it keeps in hand, in the last ones it
 # has nothing left to do, and neither is so in most of a long run.
@@ -70,11 +70,11 @@ class Planned:
     def total_steps(self) -> int:
         return self.config.max_steps or self.order.steps_per_epoch
 
-    def predicted(self) -> cluster.Prediction:
+    def predicted(self, plan: Plan | None = None) -> cluster.Prediction:
         found = cluster.predict_run(
             self.config,
             self.stage,
-            self.plan(),
+            plan or self.plan(),
             of_step(self.lengths, self.order, self.total_steps),
             self.processes,
             device="this one",
@@ -188,8 +188,9 @@ def counts(tokens: list[int], micro_batches: int) -> Outputs:
 
 def plan_again(planned: Planned) -> Run:
     def run() -> Outputs:
-        found = planned.predicted()
-        return counts(planned.tokens(), int(found.work.micro_batches))
+        plan = planned.plan()
+        planned.predicted(plan)
+        return counts(planned.tokens(), plan.batches.micro_batches)
 
     return run
 

@@ -47,6 +47,7 @@ from aligngpt import attention
 from aligngpt.batch import Example
 from aligngpt.config import AlignGPTConfig
 from aligngpt.model import AlignGPTForConditionalGeneration
+from aligngpt.profiling import peak_memory_bytes
 from aligngpt.stages import stage as marked
 from benchmarks import lengths, shapes, stages, work
 from benchmarks.case import Case, Contender, free
@@ -59,7 +60,7 @@ from training.config import Stage, TrainConfig, aligngpt_7b
 from training.flops import count_flops
 from training.loader import Cut, Loaded, Order, Part, Samples, estimated_lengths, micro_batches
 from training.loop import Step
-from training.metrics import peak_memory_bytes, peak_tflops
+from training.metrics import peak_tflops
 from training.run_folder import DTYPES
 from training.sharding import World
 

@@ -50,7 +50,6 @@ from training.processes import Stop
 from training.sharding import World
 
 WARM_UP, TIMED = 2, 5  # steps of a kind
-AHEAD = 16  # steps that are there to be loaded after the last one timed, so that the loader stays at work
 HELD_BY_A_WORKER = 5  # steps: four in hand and one in the making (aligngpt.batch.load_in_order)
 PHOTO = (640, 480)
 DRAWN_ROWS = 256  # of a weight; further rows repeat them
@@ -75,6 +74,7 @@ class Calibration:
     kinds: dict[str, tuple[Work, float]]  # and its median seconds
     processes: int
     threads: int
+    decoder: str = "pil"
 
     @property
     def error(self) -> float:
@@ -86,7 +86,8 @@ class Calibration:
         return [
             f"seconds: measured here in {len(self.kinds) * TIMED} steps of {self.processes} process(es) with "
             f"{self.threads} thread(s) each: {sizes}; what they were taken apart into gives them back within "
-            f"{self.error:.0%}"
+            f"{self.error:.0%}",
+            f"images: decoded by {self.decoder.upper()} in these steps, whatever the run's --data.decoder auto takes",
         ]
 
 
@@ -160,7 +161,11 @@ class Texts:
 
     def text(self, sample: Sample, max_length: int | None = None) -> Tokenized:
         tokens, images, supervised = (values[sample.record] for values in self.kind[1:4])
-        words = np.random.default_rng(sample.record).integers(3, self.model.text_config.vocab_size, tokens)
+        most = self.model.text_config.vocab_size
+        taken = sorted(number for number in {self.token_ids.image, self.token_ids.align} if 3 <= number < most)
+        words = np.random.default_rng(sample.record).integers(3, most - len(taken), tokens)
+        for number in taken:  # no word is one of these
+            words += words >= number
         ids = torch.from_numpy(words)
         ids[0] = 1
         first = 1
@@ -263,13 +268,14 @@ def run_kinds(request: Request, folder: Path, world: World) -> None:
     model, _ = loop.make_model(config, request.model, dict(names), world)
     optimizer = optim.make_optimizer(model.named_parameters(), config.optim)
     saves = Checkpoints(config, model, optimizer, world)
-    steps, spent = WARM_UP + TIMED + AHEAD, []
+    # Some are there to be loaded after the last one timed: the loader stays at work.
+    steps, spent = WARM_UP + TIMED + held(config), []
     for kind in request.kinds:
         samples = samples_of(kind, config, request.model, request.pictures, world, request.stage)
         order = Order(len(kind.tokens), len(kind.tokens), config.seed)
         dropped = DroppedSamples(run_dir, lines=[], total=steps * len(kind.tokens), max_rate=1.0)
         guard = Guard(config.guard, run_dir, world, first_step=0)
-        with Metrics(config, first_step=0, total_steps=steps, world=world) as written, Stop() as stop:
+        with Metrics(config, first_step=0, total_steps=steps, world=world, bar=False) as written, Stop() as stop:
             run = loop.Run(config, world, model, optimizer, order, steps, guard, stop, written, saves, dropped)
             read = loop.read_steps(config, samples, order, 0, steps, dropped, world)
             first = [next(read)]
@@ -284,6 +290,11 @@ def run_kinds(request: Request, folder: Path, world: World) -> None:
         (folder / "times.json").write_text(json.dumps(found), encoding="utf-8")
 
 
+def held(config: TrainConfig) -> int:
+    """Steps that the loader has in hand or in the making, and its thread on the way to the device."""
+    return HELD_BY_A_WORKER * config.data.workers + config.data.prefetch + 1
+
+
 def seconds_to_fill(samples: Samples, config: TrainConfig, count: int) -> float:
     """Until the loader has as much in hand as it keeps: in a long run it is full, and makes a step while one is taken.
 
@@ -292,8 +303,7 @@ def seconds_to_fill(samples: Samples, config: TrainConfig, count: int) -> float:
     started = time.perf_counter()
     samples[Part(0, list(range(count)))]
     each = time.perf_counter() - started
-    workers = max(config.data.workers, 1)
-    return 1.25 * each * (HELD_BY_A_WORKER * workers + config.data.prefetch + 1) / workers
+    return 1.25 * each * held(config) / max(config.data.workers, 1)
 
 
 def available() -> tuple[int, str]:
@@ -339,7 +349,7 @@ def calibrate(
     works = [work_of(kind, config, processes) for kind in asked]
     seconds = [statistics.median(times) for times in found["seconds"]]
     named = {kind.name: (work, spent) for kind, work, spent in zip(asked, works, seconds, strict=True)}
-    return Calibration(fit(works, seconds), named, processes, found["threads"])
+    return Calibration(fit(works, seconds), named, processes, found["threads"], data.decoder)
 
 
 class _threads:

@@ -15,7 +15,7 @@ step. Weights go in the type of the arithmetic, frozen ones like trained ones; t
 import functools
 import json
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,16 +33,21 @@ RATES = Path(__file__).parent / "rates.json"
 OPTIMIZER_BYTES = (
     28  # a trained weight's: AdamW reads it, its gradient and two moments, and writes all but the gradient
 )
+H100 = "NVIDIA H100 80GB HBM3"  # planned for where there is no GPU
 USED_SHARE = 0.8  # of a link's bandwidth
 LATENCY = 20e-6  # seconds, of a collective
 # What is computed again in the backward pass, in forward passes of the LLM.
 RECOMPUTED = {"none": 0.0, "selective": 0.2, "full": 1.0}
-# Memory and its bandwidth by the words of a device's name, from NVIDIA's data sheets.
+# Memory and its bandwidth by the words of a device's name, the narrower name first, from NVIDIA's data sheets.
 MEMORY = {
     "B200": (180e9, 7.7e12),
     "H200": (141e9, 4.8e12),
+    "H100 NVL": (94e9, 3.9e12),
+    "H100 PCIe": (80e9, 2.0e12),
     "H100": (80e9, 3.35e12),
-    "A100": (80e9, 2.0e12),
+    "A100 40GB": (40e9, 1.555e12),
+    "A100 80GB PCIe": (80e9, 1.935e12),
+    "A100": (80e9, 2.039e12),
 }
 
 
@@ -79,14 +84,14 @@ class Traffic(NamedTuple):
 
     root: Unit
     layers: tuple[Unit, ...]
-    forward_gathers: int  # of each unit
-    backward_gathers: int  # of each layer
-    scatters: int
-    sums: int
+    forward_gathers: float  # of each unit
+    backward_gathers: float  # of each layer
+    scatters: float
+    sums: float
 
-    def counted(self) -> Counter[Collective]:
+    def counted(self) -> dict[Collective, float]:
         """How often each is called."""
-        found: Counter[Collective] = Counter()
+        found: defaultdict[Collective, float] = defaultdict(float)
         for unit in (self.root, *self.layers):
             gathers = self.forward_gathers + (0 if unit is self.root else self.backward_gathers)
             for collective, times in ((unit.gather, gathers), (unit.scatter, self.scatters), (unit.sum, self.sums)):
@@ -105,10 +110,10 @@ def traffic(
     *,
     processes: int,
     compute_bytes: int,
-    micro_batches: int,
+    micro_batches: float,
     config: ShardingConfig,
 ) -> Traffic:
-    """Of a step of so many micro-batches."""
+    """Of a step of so many micro-batches, or of the mean step of a run."""
     shards = config.size or processes
     copies = processes // shards
     members: dict[str, list[Weight]] = {}
@@ -120,6 +125,17 @@ def traffic(
     if config.gather == "step":
         return Traffic(root, layers, 1, 0, 1, 1)
     return Traffic(root, layers, micro_batches, micro_batches, micro_batches, 1)
+
+
+def traffic_of(config: TrainConfig, plan: Plan, processes: int) -> Traffic:
+    """Of the mean step of a planned run."""
+    return traffic(
+        plan.weights,
+        processes=processes,
+        compute_bytes=4 if config.precision == "fp32" or config.optim.kind == "apex" else 2,
+        micro_batches=plan.batches.micro_batches_mean,
+        config=config.sharding,
+    )
 
 
 def _unit(members: list[Weight], shards: int, copies: int, compute_bytes: int) -> Unit:
@@ -140,6 +156,11 @@ class Network(NamedTuple):
     links: float  # of a GPU to the others of its machine
     network: float  # of a machine, all its ports together
 
+    def holds(self, processes: int, shards: int) -> bool:
+        """Whether groups of so many shards lie alike in all machines, which is what `crossing` counts."""
+        size = self.gpus_per_node
+        return processes <= size or size % shards == 0 or shards % size == 0
+
     def crossing(self, collective: Collective) -> float:
         """Bytes that a machine sends to others while each of its GPUs takes part in one such collective."""
         size = self.gpus_per_node
@@ -147,6 +168,10 @@ class Network(NamedTuple):
         if here == collective.members:
             return 0.0
         return collective.sent * size / here
+
+    def sent(self, moved: Traffic) -> float:
+        """Bytes that a machine sends to others in a step."""
+        return sum(self.crossing(collective) * times for collective, times in moved.counted().items())
 
     def seconds(self, collective: Collective | None) -> float:
         if collective is None:
@@ -212,8 +237,16 @@ def words(device: str) -> set[str]:
 
 
 def memory_of(device: str) -> tuple[float, float] | None:
-    """Bytes of a known device's memory, and what it moves of them a second."""
-    return next((found for name, found in MEMORY.items() if name in words(device)), None)
+    """Bytes of a known device's memory, and what it moves of them a second; None for a slice of a GPU."""
+    of_device = words(device)
+    if "MIG" in of_device:
+        return None
+    return next((found for name, found in MEMORY.items() if of_device.issuperset(name.split())), None)
+
+
+def is_known(device: str) -> bool:
+    """Whether it was measured, or peak and memory are known that make rates of another's."""
+    return device in known_rates() or (peak_by_name(device) is not None and memory_of(device) is not None)
 
 
 def cost_on(
@@ -279,8 +312,6 @@ class Prediction:
     between: float  # optimizer, and what a step and a micro-batch take beside their work
     communication: float  # of all collectives, one after the other
     exposed: float  # of it, what no compute hides
-    traffic: Traffic
-    crossing: float  # bytes that a machine sends to others
     assumed: list[str]
 
     @property
@@ -301,23 +332,20 @@ def predict_run(
 ) -> Prediction | None:
     """Of a planned run whose steps have so many tokens, supervised tokens and images; None: no rate is known.
 
+    Known rates are of bf16: none tells of fp32.
+
     calibrated: seconds measured on the machine at hand, by as many processes, instead of known rates.
     """
     tokens, supervised, images = of_step
     packing = config.data.packing
     # A bin that is emptier than its neighbours' waits for them; padding is computed too.
     share = processes * (plan.batches.packed if packing else plan.batches.padded)
-    work = Work(plan.batches.micro_batches, tokens / share, supervised / share, images / share)
-    dtype = 4 if config.precision == "fp32" or config.optim.kind == "apex" else 2
-    moved = traffic(
-        plan.weights,
-        processes=processes,
-        compute_bytes=dtype,
-        micro_batches=plan.batches.micro_batches,
-        config=config.sharding,
-    )
+    work = Work(plan.batches.micro_batches_mean, tokens / share, supervised / share, images / share)
+    moved = traffic_of(config, plan, processes)
     if calibrated is not None:
         cost, said = calibrated.cost, calibrated.said()
+    elif config.precision == "fp32":
+        return None
     else:
         shards = config.sharding.size or processes
         trained = sum(weight.part(shards) for weight in plan.weights if weight.trained and weight.unit != "tower")
@@ -327,6 +355,14 @@ def predict_run(
         cost, said = found
         if processes > 1:
             said += network_said(network, -(-processes // network.gpus_per_node))
+        if not network.holds(processes, shards):
+            said.append(
+                f"what crosses is a guess: groups of {shards} lie unlike in machines of {network.gpus_per_node}"
+            )
+        if config.sharding.compile:
+            said.append("--sharding.compile: measured without; assumed to take as long")
+        if config.lora.rank:
+            said.append("LoRA adapters: measured without; their FLOPs are counted and take as long as the LLM's")
         if config.sharding.offload:
             said.append("what --sharding.offload moves to the host and updates there: not counted")
         said.append(
@@ -351,8 +387,6 @@ def predict(work: Work, cost: Cost, moved: Traffic, network: Network, assumed: l
         cost.of(work) - compute,
         sum(network.seconds(collective) * times for collective, times in calls.items()),
         exposed,
-        moved,
-        sum(network.crossing(collective) * times for collective, times in calls.items()),
         assumed,
     )
 

@@ -205,7 +205,8 @@ class TrainConfig:
     profile: bool = False
     """Write RUN/profile: a trace of three steps of the first process, the third to fifth from here, and a summary."""
     tokens_per_second: float | None = None
-    """Rate of all processes together, for the hours that --dry-run tells. None: an MFU of 40 % is assumed."""
+    """Rate of all processes together, for the hours that --dry-run tells. None: by the device's known rates, and
+    where it has none an MFU of 40 % is assumed."""
 
 
 def aligngpt_7b(stage: Stage) -> TrainConfig:

@@ -12,15 +12,23 @@ from pathlib import Path
 import torch
 
 from training import checkpoints, cluster, loop, run_folder, sharding
-from training.cluster import Network, Prediction
+from training.cluster import H100, Prediction
 from training.config import Stage, TrainConfig
 from training.loader import Order, Samples
-from training.plan import GROUPS, Lengths, Plan, Weight, plan_run, sample_lengths
+from training.metrics import PEAK_TFLOPS
+from training.plan import Lengths, Plan, plan_run, sample_lengths
+from training.plan_lines import (
+    communication_lines,
+    gigabytes,
+    hours,
+    many,
+    memory_lines,
+    of_step,
+    unit_of,
+    weight_lines,
+)
 
 ASSUMED_MFU = 0.4  # where no rate is known
-H100 = "NVIDIA H100 80GB HBM3"
-H100_TFLOPS = 989.0
-H100_BYTES = 80 * 10**9
 
 
 def other_ways(config: TrainConfig, processes: int) -> Iterator[tuple[str, TrainConfig, int]]:
@@ -46,67 +54,6 @@ def other_ways(config: TrainConfig, processes: int) -> Iterator[tuple[str, Train
         for more in (2 * processes, 4 * processes, 8 * processes):
             if more <= config.global_batch_size:
                 yield f"{more} processes", config, more
-
-
-def many(count: int, one: str, more: str) -> str:
-    return f"{count:,} {one if count == 1 else more}"
-
-
-def unit_of(number: float, prefixes: str = "GMK") -> tuple[str, float]:
-    """The prefix in which a number is read easily, and its factor."""
-    factors = {"T": 1e12, "G": 1e9, "M": 1e6, "K": 1e3}
-    prefix = next((prefix for prefix in prefixes if number >= factors[prefix]), prefixes[-1])
-    return prefix, factors[prefix]
-
-
-def gigabytes(count: float) -> str:
-    prefix, factor = unit_of(count)
-    return f"{count / factor:,.2f} {prefix}B"
-
-
-def weight_lines(weights: list[Weight]) -> list[str]:
-    """Parameters by group."""
-    lines = [f"{'parameters':36}{'trained':>16}{'frozen':>16}"]
-    for group in (*GROUPS, "all"):
-        members = [weight for weight in weights if group in (weight.group, "all")]
-        trained = sum(weight.elements for weight in members if weight.trained)
-        frozen = sum(weight.elements for weight in members) - trained
-        if members:
-            lines.append(f"  {group:34}" + "".join(f"{n:16,}" if n else f"{'-':>16}" for n in (trained, frozen)))
-    return lines
-
-
-def memory_lines(plan: Plan, device_bytes: int) -> list[str]:
-    """Bytes of a process; what lies on the host is marked."""
-    need, largest = plan.memory, plan.batches.largest
-    where = ", on the host" if need.offload else ""
-    none_yet = "" if need.gradients_then else "; made after that moment, not in the sum"
-    whole = "; whole until the step's last micro-batch" if need.gradients_then > need.gradients else ""
-    rows = (
-        ("parameters", need.parameters, f"exact{where}"),
-        ("vision tower, whole in each process", need.tower, "exact"),
-        ("gradients", max(need.gradients, need.gradients_then), f"exact{where}{none_yet}{whole}"),
-        ("optimizer", need.optimizer, f"exact{where}"),
-        ("gathered while at work", need.gathered, "estimate"),
-        ("gradients being reduced", need.reducing, "estimate"),
-        (
-            "activations",
-            need.activations,
-            f"estimate for {largest.tokens:,} tokens and {many(largest.images, 'image', 'images')}",
-        ),
-        ("pixels made ahead", need.pixels, "estimate"),
-    )
-    prefix, factor = unit_of(max(need.device, need.host))
-    lines = [
-        f"{'memory of a process':36}{prefix + 'B':>16}",
-        *(f"  {name:34}{n / factor:16,.3f}  {note}" for name, n, note in rows),
-    ]
-    share = f"{need.device / device_bytes:.0%} of {gigabytes(device_bytes)}; the most at once, {need.moment}"
-    lines.append(f"  {'together':34}{need.device / factor:16,.3f}  {share}")
-    if need.host:
-        lines.append(f"  {'on the host':34}{need.host / factor:16,.3f}")
-    lines.append("  CUDA, NCCL and the allocator's gaps come on top")
-    return lines
 
 
 def data_lines(
@@ -143,7 +90,7 @@ def time_lines(
     """FLOPs of a step, and hours; prediction: by rates that were measured, where the device's are known."""
     tokens, supervised, images = of_step(lengths, order, total_steps)
     flops = plan.flops.of(tokens=tokens, supervised_tokens=supervised, images=images)
-    peak = config.log.peak_tflops or H100_TFLOPS
+    peak = config.log.peak_tflops or PEAK_TFLOPS["H100"]
     if config.tokens_per_second:
         seconds, how = tokens / config.tokens_per_second, f"at {config.tokens_per_second:,.0f} tokens/s"
     elif prediction is not None:
@@ -153,7 +100,8 @@ def time_lines(
     else:
         seconds = flops / (processes * peak * 1e12 * ASSUMED_MFU)
         rate = tokens / seconds
-        how = f"if MFU is {ASSUMED_MFU:.0%} of {peak:,.0f} TFLOP/s, an assumption: {rate:,.0f} tokens/s"
+        slower = ", which is of bf16 and not reached in fp32" if config.precision == "fp32" else ""
+        how = f"if MFU is {ASSUMED_MFU:.0%} of {peak:,.0f} TFLOP/s{slower}, an assumption: {rate:,.0f} tokens/s"
     prefix, factor = unit_of(flops, "TGMK")
     lines = [f"  {flops / factor:,.1f} {prefix}FLOP a step", f"time: {hours(seconds * total_steps)}, {how}"]
     if done is None:
@@ -161,66 +109,6 @@ def time_lines(
     elif done:
         lines.append(f"{done:,} steps are done; {hours(seconds * (total_steps - done))} are left")
     return lines
-
-
-def communication_lines(prediction: Prediction, network: Network, processes: int) -> list[str]:
-    """What a process and a machine move in a step."""
-    if processes == 1:
-        return ["communication: none, with one process"]
-    kinds: dict[str, list[float]] = {}
-    for collective, times in prediction.traffic.counted().items():
-        found = kinds.setdefault(f"{collective.kind} of {collective.members}", [0, 0.0, 0.0])
-        for place, value in enumerate((1, collective.bytes, collective.sent)):
-            found[place] += times * value
-    kinds["together"] = [sum(values) for values in zip(*kinds.values(), strict=True)]
-    prefix, factor = unit_of(kinds["together"][1])
-    lines = [f"{'communication of a step':36}{'calls':>8}{f'{prefix}B, whole':>14}{f'{prefix}B, sent by each':>20}"]
-    for kind, (calls, whole, sent) in kinds.items():
-        lines.append(f"  {kind:34}{calls:8,.0f}{whole / factor:14,.3f}{sent / factor:20,.3f}")
-    machines = -(-processes // network.gpus_per_node)
-    if machines > 1:
-        lines.append(f"  a machine sends {gigabytes(prediction.crossing)} of it to others")
-    return lines
-
-
-def hours_lines(prediction: Prediction, flops: float, total_steps: int, processes: int) -> list[str]:
-    """Seconds of a step by what takes them, and the run's hours."""
-    seconds, total = prediction.seconds, prediction.seconds * total_steps
-    rows = (
-        ("forward and backward", prediction.compute),
-        ("optimizer and what is fixed", prediction.between),
-        ("waiting for communication", prediction.exposed),
-        ("together", seconds),
-    )
-    hidden = ""
-    if prediction.communication and not prediction.communicates:
-        share = 1 - prediction.exposed / prediction.communication
-        hidden = f"; of {prediction.communication:,.3g} s of communication {max(share, 0):.0%} are behind compute"
-    prefix, factor = unit_of(flops / seconds / processes, "TGM")
-    return [
-        "seconds of a step",
-        *(f"  {name:34}{value:8.3f}{hidden if name.startswith('waiting') else ''}" for name, value in rows),
-        f"  {flops / seconds / processes / factor:,.1f} {prefix}FLOP/s a process, "
-        f"{prediction.tokens / seconds:,.0f} tokens/s of all",
-        f"time: {hours(total)}, {total_steps:,} steps; {total * processes / 3600:,.1f} GPU-hours",
-    ]
-
-
-def of_step(lengths: Lengths, order: Order, total_steps: int) -> tuple[float, float, float]:
-    """Tokens, supervised tokens and images of a step, on average over the run."""
-    samples = order.samples_until(total_steps) / total_steps
-    text = lengths.tokens - lengths.image_rows * lengths.images
-    return (
-        samples * float(lengths.tokens.mean()),
-        samples * float(text.clip(0).mean()) * lengths.supervised,
-        samples * float(lengths.images.mean()),
-    )
-
-
-def hours(seconds: float) -> str:
-    if seconds < 60:
-        return "less than a minute"
-    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
 
 
 def dry_run(config: TrainConfig, stage: Stage) -> None:
@@ -254,7 +142,7 @@ def dry_run(config: TrainConfig, stage: Stage) -> None:
         notes.append(f"{lengths.unusable} of {lengths.sampled} sampled records cannot be used; see `aligngpt doctor`")
     plan = plan_run(config, model_config, lengths, order, processes=processes, total_steps=total_steps)
 
-    name, device, device_bytes = H100, "an H100 assumed, since this machine has no GPU", H100_BYTES
+    name, device, device_bytes = H100, "an H100 assumed, since this machine has no GPU", int(cluster.MEMORY["H100"][0])
     if torch.cuda.is_available():
         name = device = torch.cuda.get_device_name()
         device_bytes = torch.cuda.get_device_properties(0).total_memory
@@ -282,7 +170,7 @@ def dry_run(config: TrainConfig, stage: Stage) -> None:
         *memory_lines(plan, device_bytes),
         "",
         *data_lines(config, plan, lengths, samples, order, total_steps),
-        *(communication_lines(prediction, network, processes) if prediction else ()),
+        *communication_lines(cluster.traffic_of(config, plan, processes), network, processes),
         *time_lines(config, plan, lengths, order, total_steps, done, processes, prediction),
         *(f"  {line}" for line in (prediction.assumed if prediction and not config.tokens_per_second else ())),
         *(f"note: {note}" for note in notes),

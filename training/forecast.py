@@ -12,11 +12,13 @@ needs. Exit status: 0 done, 1 a value that cannot be used, 2 a command line that
 import argparse
 import dataclasses
 import itertools
+import math
 import os
 import re
 import sys
 import textwrap
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +29,11 @@ from aligngpt.checkpoint import read_config
 from aligngpt.config import AlignGPTConfig
 from training import cluster, sharding
 from training.calibrate import Calibration, calibrate, check_available
-from training.cluster import Network
+from training.cluster import ASSUMED, H100, Network
 from training.config import PRESETS, ModelConfig, Stage, TrainConfig
-from training.dry_run import (
-    H100,
+from training.loader import Order
+from training.plan import Lengths, plan_run
+from training.plan_lines import (
     communication_lines,
     gigabytes,
     hours_lines,
@@ -39,8 +42,6 @@ from training.dry_run import (
     of_step,
     weight_lines,
 )
-from training.loader import Order
-from training.plan import Lengths, plan_run
 
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 SMALL_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -64,17 +65,29 @@ SIMULATED_SAMPLES = 100_000  # of which the first steps are packed; the rest are
 
 def count(text: str) -> int:
     """A number as people write it: 558k, 1.2M, 665000."""
-    found = re.fullmatch(r"(\d+(?:[.,_]\d+)*)\s*([kKmMbBgG]?)", text.strip())
-    try:
-        number = float(found[1].replace(",", "").replace("_", "")) if found else 0.0
-    except ValueError:
-        number = 0.0
-    factor = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}[found[2].lower()] if found else 1
-    if not number or round(number * factor) != number * factor:
+    found = re.fullmatch(
+        r"(\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(\.\d+)?\s*([kmbg]?)", text.strip(), re.IGNORECASE | re.ASCII
+    )
+    number = Decimal(0)
+    if found:
+        factor = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}[found[3].lower()]
+        number = Decimal(found[1].replace(",", "").replace("_", "") + (found[2] or "")) * factor
+    if not number or number % 1:
         raise argparse.ArgumentTypeError(
             f"is {text!r}; it needs a whole number of at least 1, such as 64, 558k or 1.2M"
         )
-    return round(number * factor)
+    return int(number)
+
+
+def mean(text: str) -> float:
+    """A number that is not negative: 0.94."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"is {text!r}; it needs a number of at least 0, such as 0.94")
+    return number
 
 
 def bandwidth(text: str) -> float:
@@ -93,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--gpus", type=count, required=True, help="processes of the run, a GPU each")
-    add("--gpus-per-node", type=count, default=cluster.ASSUMED.gpus_per_node, help="of a machine")
+    add("--gpus-per-node", type=count, help=f"of a machine; without it {ASSUMED.gpus_per_node}")
     add(
         "--model", default="7b", help=f"{', '.join(SHAPES)}, or a folder of an AlignGPT model or, with --vision, an LLM"
     )
@@ -103,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     add("--samples", type=count, default="558k", help="of the data set, such as 558k")
     add("--epochs", type=count, default=1)
     add("--tokens-per-sample", type=count, help="on average, image rows included; without it LLaVA's")
-    add("--images-per-sample", type=float, help="on average; without it LLaVA's")
+    add("--images-per-sample", type=mean, help="on average; without it LLaVA's")
     add("--global-batch-size", type=count, help="samples of a step; without it the preset's, as the next are")
     add("--token-budget", type=count, help="tokens of a micro-batch")
     add("--shard-over", type=count, help="processes that share a copy of the weights (HSDP); without it all")
@@ -115,13 +128,11 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--links",
         type=bandwidth,
-        default=cluster.ASSUMED.links,
         help="of a GPU to others of its machine, each way; without it NVLink 4's 450GB/s",
     )
     add(
         "--network",
         type=bandwidth,
-        default=cluster.ASSUMED.network,
         help="of a machine to others, all ports, each way; without it 400GB/s",
     )
     add("--calibrate", action="store_true", help="measure this machine's rates first, by short real steps")
@@ -132,9 +143,11 @@ def shape(model: str, vision: str) -> AlignGPTConfig:
     """The config of a model that is known by its name or lies in a folder.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or --vision is given beside what has a tower.
     """
     if model in SHAPES:
+        if vision:
+            raise ValueError(f"--vision is {vision!r}; --model {model} has its tower, and needs it left out")
         (width, mlp, layers, heads, vocabulary), tower, (side, patch) = SHAPES[model]
         llm = LlamaConfig(
             hidden_size=width,
@@ -150,19 +163,42 @@ def shape(model: str, vision: str) -> AlignGPTConfig:
         raise ValueError(
             f"--model is {model!r}; it needs one of {', '.join(SHAPES)}, or a folder that holds config.json"
         )
-    parts = ModelConfig(llm=model, vision=vision) if vision else ModelConfig(init=model)
     if not vision and read_config(model).get("model_type") != AlignGPTConfig.model_type:
         raise ValueError(f"--model is {model!r}, which is no AlignGPT model; it needs --vision, its tower's folder")
-    return sharding.starting_config(parts, image_aspect_ratio="pad")
+    parts = ModelConfig(llm=model, vision=vision) if vision else ModelConfig(init=model)
+    try:
+        return sharding.starting_config(parts, image_aspect_ratio="pad")
+    except ValueError as error:  # in the words of this command
+        raise ValueError(
+            re.sub("--model[.](llm|init)", "--model", str(error)).replace("--model.vision", "--vision")
+        ) from error
 
 
-def config_of(asked: argparse.Namespace) -> TrainConfig:
+def network_of(asked: argparse.Namespace) -> Network:
+    """What lies between the GPUs. A calibrated run is on this machine.
+
+    Raises:
+        ValueError: it is described, and measured.
+    """
+    given = {"gpus_per_node": asked.gpus_per_node, "links": asked.links, "network": asked.network}
+    given = {name: value for name, value in given.items() if value is not None}
+    if asked.calibrate and given:
+        flag = next(iter(given)).replace("_", "-")
+        raise ValueError(f"--{flag} is given; --calibrate needs it left out: it measures all processes on this machine")
+    return ASSUMED._replace(**{"gpus_per_node": asked.gpus} if asked.calibrate else given)
+
+
+def preset_of(asked: argparse.Namespace) -> str:
+    return asked.preset or PRESET_OF.get(asked.model, "aligngpt-7b")
+
+
+def config_of(asked: argparse.Namespace, network: Network) -> TrainConfig:
     """The preset with what was asked for.
 
     Raises:
         ValueError: numbers that do not go together.
     """
-    preset = PRESETS[asked.preset or PRESET_OF.get(asked.model, "aligngpt-7b")](asked.stage)
+    preset = PRESETS[preset_of(asked)](asked.stage)
     changed = dataclasses.replace
     given = {
         name: value
@@ -177,14 +213,17 @@ def config_of(asked: argparse.Namespace) -> TrainConfig:
     config = changed(preset, **given, sharding=changed(preset.sharding, **cut))
     if asked.lora_rank:
         config = changed(config, lora=changed(config.lora, rank=asked.lora_rank))
-    gpus, size, batch = asked.gpus, asked.shard_over, config.global_batch_size
+    gpus, size, batch, machine = asked.gpus, asked.shard_over, config.global_batch_size, network.gpus_per_node
     for flag, value, good, needs in (
         ("shard-over", size, not size or gpus % size == 0, f"a number that divides --gpus, {gpus}"),
         ("global-batch-size", batch, batch >= gpus, f"a sample for each of the {gpus} GPUs"),
-        ("gpus", gpus, gpus <= asked.gpus_per_node or gpus % asked.gpus_per_node == 0,
-         f"whole machines of --gpus-per-node, {asked.gpus_per_node}"),
+        ("gpus", gpus, gpus <= machine or gpus % machine == 0, f"whole machines of --gpus-per-node, {machine}"),
+        ("shard-over", size, not size or network.holds(gpus, size),
+         f"a number that divides --gpus-per-node, {machine}, or is a multiple of it"),
         ("token-budget", config.token_budget, config.token_budget >= config.data.max_length,
          f"room for the longest sample, {config.data.max_length} tokens"),
+        ("tokens-per-sample", asked.tokens_per_sample, (asked.tokens_per_sample or 0) <= config.data.max_length,
+         f"at most the preset's longest sample, {config.data.max_length}"),
         ("lora-rank", asked.lora_rank, not asked.lora_rank or asked.stage == "finetune", "--stage finetune"),
     ):  # fmt: skip
         if not good:
@@ -208,7 +247,9 @@ def lengths_of(asked: argparse.Namespace, config: TrainConfig, rows: int) -> tup
     pictured = np.interp(places, deciles, CAPTION if stage == "pretrain" else CONVERSATION)
     alone = np.interp(places, deciles, CAPTION if stage == "pretrain" else TEXT_ALONE)
     text = np.where(images > 0, pictured, alone)
-    said = "assumed, as long as those of LLaVA's " + ("558K captions" if stage == "pretrain" else "665K conversations")
+    said = "drawn from assumed lengths, those of LLaVA's " + (
+        "558K captions" if stage == "pretrain" else "665K conversations"
+    )
     if asked.tokens_per_sample:
         left = asked.tokens_per_sample - rows * share
         if left < 3:
@@ -216,7 +257,7 @@ def lengths_of(asked: argparse.Namespace, config: TrainConfig, rows: int) -> tup
                 f"--tokens-per-sample is {asked.tokens_per_sample}; it needs more than the {rows * share:.0f} rows of "
                 "a sample's images"
             )
-        text, said = text * left / text.mean(), "as given, spread like those of LLaVA's"
+        text, said = text * left / text.mean(), f"as given, spread like those of LLaVA's and cut to {most:,}"
     tokens = (text + rows * images).round().clip(3, most).astype(np.int64)
     if rows * images.max() >= most:
         raise ValueError(
@@ -236,8 +277,9 @@ def forecast(asked: argparse.Namespace) -> str:
         ValueError: see the functions above.
     """
     stage: Stage = asked.stage
-    config, model = config_of(asked), shape(asked.model, asked.vision)
-    device, memory_bytes = device_of(asked)
+    network = network_of(asked)
+    config, model = config_of(asked, network), shape(asked.model, asked.vision)
+    device, memory_bytes, found = device_of(asked)
     lengths, assumed = lengths_of(asked, config, model.image_seq_length)
     gpus = asked.gpus
     order = Order(asked.samples, config.global_batch_size, config.seed)
@@ -248,22 +290,39 @@ def forecast(asked: argparse.Namespace) -> str:
 
     calibrated: Calibration | None = None
     if asked.calibrate:
+        if plan.memory.device > memory_bytes:
+            raise ValueError(
+                f"--model is {asked.model}, of which a process takes {gigabytes(plan.memory.device)}; --calibrate "
+                f"needs it to fit into the {gigabytes(memory_bytes)} that each of {gpus} has here"
+            )
         calibrated = calibrate(config, stage, model, lengths, processes=gpus)
-    network = Network(asked.gpus_per_node, asked.links, asked.network)
     step = of_step(lengths, order, total_steps)
     prediction = cluster.predict_run(
         config, stage, plan, step, gpus, device=device, network=network, calibrated=calibrated
     )
-    assert prediction is not None, device
     trained = sum(weight.elements for weight in plan.weights if weight.trained)
     saves = -(-total_steps // config.save_every)
     tokens, supervised, images = step
     flops = plan.flops.of(tokens=tokens, supervised_tokens=supervised, images=images)
-    machines = -(-gpus // asked.gpus_per_node)
+    machines = -(-gpus // network.gpus_per_node)
+    cut = config.sharding
+    said = [
+        "weights, gradients, optimizer, FLOPs and bytes moved: counted; activations and what else comes and goes: "
+        "estimated",
+        *assumed,
+    ]
+    timed = ["time: not predicted: known rates are of bf16, and this run computes in fp32; --calibrate measures"]
+    if prediction is not None:
+        timed = hours_lines(prediction, flops, total_steps, gpus)
+        said += prediction.assumed
     room = "" if plan.memory.device <= memory_bytes else f"it does not fit into {gigabytes(memory_bytes)}"
     lines = [
         f"plan of {stage}: {asked.model} on {gpus} × {device}"
-        + (f", {machines} machines of {asked.gpus_per_node}" if machines > 1 else ""),
+        + (f", {machines} machines of {network.gpus_per_node}" if machines > 1 else "")
+        + (f" ({found})" if found else ""),
+        f"preset {preset_of(asked)}, {config.precision}, weights cut over {cut.size or gpus}, gather {cut.gather}, "
+        f"activation checkpointing {cut.activation_checkpointing}"
+        + (f", LoRA rank {config.lora.rank}" if config.lora.rank else ""),
         "",
         *weight_lines(plan.weights),
         "",
@@ -275,41 +334,44 @@ def forecast(asked: argparse.Namespace) -> str:
         f"  {many(plan.batches.micro_batches, 'micro-batch', 'micro-batches')} of up to {config.token_budget:,} tokens "
         f"a GPU; {plan.batches.packed:.0%} of the GPUs' time goes to tokens, the rest to waiting for fuller bins",
         "",
-        *communication_lines(prediction, network, gpus),
+        *communication_lines(cluster.traffic_of(config, plan, gpus), network, gpus),
         "",
-        *hours_lines(prediction, flops, total_steps, gpus),
+        *timed,
         f"checkpoints: {gigabytes(12 * trained)} each, {many(saves, 'save', 'saves')}, {config.keep_last} kept; "
         "written while training goes on",
         "",
         "what this rests on",
         *itertools.chain.from_iterable(
-            textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ")
-            for line in ("memory, tokens, FLOPs and bytes moved: counted", *assumed, *prediction.assumed)
+            textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ") for line in said
         ),
     ]
     return "\n".join(lines)
 
 
-def device_of(asked: argparse.Namespace) -> tuple[str, float]:
-    """The device that is planned for and its memory's bytes.
+def device_of(asked: argparse.Namespace) -> tuple[str, float, str]:
+    """The device that is planned for, the bytes of memory that a process has there, and why this device if not asked.
 
     Raises:
         ValueError: nothing is known of it.
     """
     if asked.calibrate and asked.device:
         raise ValueError(f"--device is {asked.device!r}; --calibrate needs it left out: it measures this machine's")
+    has_gpu = torch.cuda.is_available()
     if asked.calibrate:
         check_available(asked.gpus)
-    if torch.cuda.is_available() and not asked.device:
-        return torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    if asked.calibrate:
-        return "this machine's CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    device = asked.device or H100
-    found = cluster.memory_of(device)
-    if found is None:
+        if not has_gpu:
+            whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            return "this machine's CPU", whole / asked.gpus, ""
+    if has_gpu and not asked.device:
+        device, why = torch.cuda.get_device_name(), "this machine's"
+        memory_bytes = float(torch.cuda.get_device_properties(0).total_memory)
+    else:
+        device, why = asked.device or H100, "" if asked.device else "assumed, since this machine has no GPU"
+        memory_bytes, _ = cluster.memory_of(device) or (0.0, 0.0)
+    if not asked.calibrate and not (memory_bytes and cluster.is_known(device)):
         known = ", ".join(sorted({*cluster.known_rates(), *cluster.MEMORY}))
         raise ValueError(f"--device is {device!r}; it needs one of {known}, or --calibrate on such a machine")
-    return device, found[0]
+    return device, memory_bytes, why
 
 
 def main(args: Sequence[str] | None = None) -> int:

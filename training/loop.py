@@ -28,7 +28,7 @@ from aligngpt.data.records import Records, check_levels, in_shards, open_records
 from aligngpt.levels import read_levels, with_levels
 from aligngpt.model import AlignGPTForConditionalGeneration
 from aligngpt.processor import AlignGPTImageProcessor, AlignGPTProcessor
-from aligngpt.profiling import Profile, check_folder
+from aligngpt.profiling import Profile, check_folder, peak_memory_bytes
 from aligngpt.stages import TRAINING_STEP, stage
 from training import checkpoints, lora, optim, run_folder, sharding
 from training.checkpoints import Checkpoints, SaveError
@@ -38,7 +38,7 @@ from training.dropped import BadSampleError, DroppedSamples
 from training.flops import count_flops
 from training.guard import Guard
 from training.loader import ATTEMPTS, Cut, Order, Part, Samples, estimated_lengths, micro_batches
-from training.metrics import Metrics, StepSums, check_log, peak_memory_bytes
+from training.metrics import Metrics, StepSums, check_log
 from training.processes import Stop, Terminated, watch_peers
 from training.sharding import World
 

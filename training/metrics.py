@@ -23,7 +23,6 @@ import importlib
 import json
 import math
 import re
-import resource
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -116,7 +115,7 @@ class Metrics:
         ValueError: W&B does not take the run, or `check_log` was not asked and a package is missing.
     """
 
-    def __init__(self, config: TrainConfig, *, first_step: int, total_steps: int, world: World):
+    def __init__(self, config: TrainConfig, *, first_step: int, total_steps: int, world: World, bar: bool = True):
         self.held = ExitStack()
         self.enabled = world.rank == 0
         self.peak_tflops = config.log.peak_tflops or peak_tflops(world.device)
@@ -139,6 +138,7 @@ class Metrics:
                 initial=first_step,
                 unit="step",
                 dynamic_ncols=True,
+                disable=not bar,
                 file=sys.stderr,
                 mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; in a file each drawing is a line
             )
@@ -279,14 +279,6 @@ def peak_by_name(name: str) -> float | None:
     if "MIG" in words:
         return None
     return next((peak for known, peak in PEAK_TFLOPS.items() if words.issuperset(known.split())), None)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    kibibytes_or_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes_or_bytes if sys.platform == "darwin" else kibibytes_or_bytes * 1024
 
 
 def lines_until(path: Path, step: int) -> list[str]:

@@ -402,13 +402,15 @@ class Batches:
 
     largest: MicroBatch
     micro_batches: int  # of a process in a step, at most
+    micro_batches_mean: float  # over the steps
     packed: float  # share of the processes' time that useful tokens have; the rest is padding, or waiting for another
     padded: float
 
 
 def make_batches(config: TrainConfig, lengths: Lengths, order: Order, *, processes: int, total_steps: int) -> Batches:
     """Cut the first steps into micro-batches, packed and padded, as the run would one or the other."""
-    used, paid, largest, most_images, micro_batches = 0, {True: 0, False: 0}, 0, 0, 0
+    used, paid, largest, most_images = 0, {True: 0, False: 0}, 0, 0
+    micro_batches: list[int] = []  # by step
     for batch in order.steps(0, min(total_steps, SIMULATED_STEPS)):
         tokens, images = lengths.tokens[batch], lengths.images[batch]
         used += int(tokens.sum())
@@ -424,14 +426,15 @@ def make_batches(config: TrainConfig, lengths: Lengths, order: Order, *, process
             if packing == config.data.packing:
                 largest = max(largest, int(max(costs)))
                 most_images = max(most_images, *(int(images[b].sum()) for b in bins))
-                micro_batches = max(micro_batches, len(bins) // processes)
+                micro_batches.append(len(bins) // processes)
     shape = (1, largest)
     if not config.data.packing:  # sooner or later a batch holds the longest sample
         shape = (min(config.per_device_batch_size, -(-len(batch) // processes)), int(lengths.tokens.max()))
     text = max(1, math.prod(shape) - most_images * lengths.image_rows)
     return Batches(
         MicroBatch(shape, most_images, math.ceil(text * lengths.supervised)),
-        micro_batches,
+        max(micro_batches),
+        sum(micro_batches) / len(micro_batches),
         used / paid[True],
         used / paid[False],
     )

@@ -162,6 +162,56 @@ def test_steps_are_counted_and_what_failed_is_not_written(tmp_path):
     assert (tmp_path / "last/summary.txt").is_file()
 
 
+def test_a_profiler_that_fails_is_said_once_and_ends_nothing(tmp_path, monkeypatch):
+    said: list[str] = []
+
+    def fail(self) -> None:
+        raise RuntimeError("of the profiler")
+
+    with monkeypatch.context() as broken:
+        profile = Profile(tmp_path / "stop", CPU, unit=TRAINING_STEP, record=1, say=said.append)
+        stop_trace = profile._profile.stop_trace
+        broken.setattr(type(profile._profile), "stop_trace", fail)
+        with profile:
+            for _ in range(3):
+                profile.step()
+    assert said == [f"the profile could not be written into {tmp_path / 'stop'}: of the profiler"]
+    stop_trace()
+    assert not (tmp_path / "stop").exists()
+    with Profile(tmp_path / "start", CPU, unit=TRAINING_STEP, skip=1, say=said.append) as profile:
+        profile._profile.start_trace = lambda: fail(profile)
+        for _ in range(3):
+            profile.step()
+    assert said[1:] == ["nothing is profiled: of the profiler"]
+
+
+def test_a_context_that_ends_while_the_profile_is_written_waits_and_writes_no_other(tmp_path, monkeypatch):
+    said: list[str] = []
+    writing, goes_on = threading.Event(), threading.Event()
+    write = Profile._write
+
+    def slow(self) -> str:
+        writing.set()
+        assert goes_on.wait(60)
+        return write(self)
+
+    monkeypatch.setattr(Profile, "_write", slow)
+
+    def engine() -> None:
+        with stage(ENGINE_STEP):
+            torch.ones(3).sum()
+
+    with Profile(tmp_path, CPU, unit=ENGINE_STEP, record=1, say=said.append):
+        thread = threading.Thread(target=engine)
+        thread.start()
+        assert writing.wait(60)
+        threading.Timer(0.2, goes_on.set).start()
+    assert (tmp_path / "summary.txt").is_file()  # the context has waited for the other thread
+    thread.join()
+    assert len(said) == 1
+    assert "1 engine step on a CPU" in said[0]
+
+
 @pytest.mark.parametrize("command", ["chat", "eval"])
 def test_a_folder_of_others_is_refused_before_anything_is_read(command, tmp_path, capsys):
     words = [command, str(tmp_path / "no model")]
@@ -177,6 +227,22 @@ def test_a_folder_of_others_is_refused_before_anything_is_read(command, tmp_path
         assert f"--profile is {folder}" in error
         assert message in error
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_answers_and_profile_are_not_written_into_one_folder(tmp_path, capsys):
+    words = [
+        "eval",
+        str(tmp_path / "no model"),
+        "--task",
+        "pope",
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "new"),
+    ]
+    assert main([*words, "--profile", str(tmp_path / "other/../new")]) == 2
+    assert "which is --out too; it needs a folder of its own" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_stopwatch_keeps_threads_apart():

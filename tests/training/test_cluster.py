@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from aligngpt.config import AlignGPTConfig
+from aligngpt.data.llava_json import Sample
 from training import calibrate, cluster, forecast, lora, plan, sharding
 from training.cluster import Collective, Cost, Network, Unit, Work
 from training.config import LoraConfig, OptimConfig, ShardingConfig, TrainedPart, tiny
@@ -68,7 +73,7 @@ def small(**other: Any) -> AlignGPTConfig:
     [
         (STAGE_1, 5, 0, "layer", 0, torch.bfloat16, False),  # five divides nothing; frozen layers are gathered alone
         (STAGE_2, 2, 0, "layer", 0, torch.float32, True),
-        (STAGE_2, 4, 2, "layer", 0, torch.bfloat16, False),  # two copies: summed over them in the last micro-batch
+        (STAGE_2, 8, 4, "layer", 0, torch.bfloat16, False),  # two copies: summed over them in the last micro-batch
         (STAGE_2, 6, 3, "step", 0, torch.bfloat16, False),
         (STAGE_2, 2, 1, "layer", 0, torch.float32, False),  # each a copy: nothing is cut
         (STAGE_2, 3, 0, "step", 2, torch.bfloat16, False),
@@ -194,7 +199,7 @@ def test_rates_of_a_device_that_was_not_measured_are_said_to_be_assumed(
     assert "checkpointing full: measured with none; assumed" in said
     other, said = on("NVIDIA A100-SXM4-80GB", "pretrain", "none")
     assert other.token == pytest.approx(0.002 * 989 / 312)
-    assert other.step == pytest.approx(0.125 + 28e9 / 2e12 * 4.8 / 2.0)
+    assert other.step == pytest.approx(0.125 + 28e9 / 2e12 * 4.8 / 2.039)
     assert "not measured; assumed" in said
     assert cluster.cost_on("a potato", "pretrain", "none", flops, 1.0) is None
 
@@ -217,7 +222,6 @@ def test_calibration_runs_the_loop_on_what_was_planned(
     """In this process: kinds differ as they should, and a kind's work is what the run's own metrics count."""
     monkeypatch.setattr(calibrate, "WARM_UP", 1)
     monkeypatch.setattr(calibrate, "TIMED", 2)
-    monkeypatch.setattr(calibrate, "AHEAD", 0)
     config = tiny("finetune")
     config = dataclasses.replace(
         config,
@@ -251,12 +255,56 @@ def test_calibration_runs_the_loop_on_what_was_planned(
     assert two == Work(1, 30, 3, 1)
 
 
+@pytest.mark.slow
+def test_the_command_measures_the_machine_and_plans_with_it() -> None:
+    """In two processes of their own."""
+    flags = "--gpus 2 --model tiny --samples 100 --global-batch-size 4 --token-budget 512 --images-per-sample 0.5"
+    command = [sys.executable, "-m", "training.plan", *flags.split(), "--calibrate"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "tok/s" not in done.stderr  # no bar of what is measured
+    said = " ".join(done.stdout.split())
+    assert "plan of pretrain: tiny on 2 × this machine's " in said
+    assert f"measured here in {5 * calibrate.TIMED} steps of 2 process(es)" in said
+    assert "waiting for communication in the above together" in said
+    seconds, fixed, together = (
+        float(re.search(rf"{name} ([\d.]+)", said.partition("seconds of a step")[2]).group(1))  # type: ignore[union-attr]
+        for name in ("forward and backward", "optimizer and what is fixed", "together")
+    )
+    assert together == pytest.approx(seconds + fixed, abs=0.0021)
+    measured = float(re.search(r"([\d.]+) s as planned", said).group(1))  # type: ignore[union-attr]
+    assert measured / 2 < together < measured * 2
+
+
+def test_words_that_are_drawn_are_no_images() -> None:
+    """Of an LLM whose few words have those of the images and of the level among them."""
+    model = small()
+    model.image_token_id, model.align_token_id, model.text_config.vocab_size = 3, 5, 7
+    kind = calibrate.Kind("texts", (200,), (1,), (150,), 200, 1)
+    text = calibrate.Texts(kind, model, "pad").text(Sample("", (), (), None, 0))
+    rows = model.image_seq_length
+    assert text.input_ids[: 2 + rows].tolist() == [1, 5] + [3] * rows
+    assert set(text.input_ids[2 + rows :].tolist()) == {4, 6}
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
         ("--gpus 64 --samples 12.5", "is '12.5'; it needs a whole number"),
         ("--gpus 12 --gpus-per-node 8", "--gpus is 12; it needs whole machines of --gpus-per-node, 8"),
         ("--gpus 64 --shard-over 7", "--shard-over is 7; it needs a number that divides --gpus, 64"),
+        ("--gpus 24 --shard-over 12", "--shard-over is 12; it needs a number that divides --gpus-per-node, 8, or is a"),
+        ("--gpus 8 --samples 1,2M", "is '1,2M'; it needs a whole number"),
+        ("--gpus 8 --images-per-sample nan", "is 'nan'; it needs a number of at least 0"),
+        ("--gpus 8 --images-per-sample -1", "it needs a number of at least 0"),
+        ("--gpus 8 --tokens-per-sample 2049", "--tokens-per-sample is 2049; it needs at most the preset's longest"),
+        ("--gpus 8 --device H100-MIG", "--device is 'H100-MIG'; it needs one of"),
+        ("--gpus 8 --vision clip", "--vision is 'clip'; --model 7b has its tower"),
+        ("--gpus 1 --model tiny --calibrate --links 400GB/s", "--links is given; --calibrate needs it left out"),
+        (
+            "--gpus 1 --calibrate",
+            "--model is 7b, of which a process takes 26.48 GB; --calibrate needs it",
+        ),
         ("--gpus 512", "--global-batch-size is 256; it needs a sample for each of the 512 GPUs"),
         ("--gpus 8 --model 7c", "--model is '7c'; it needs one of 7b, 13b, tiny, or a folder"),
         ("--gpus 8 --device Abacus", "--device is 'Abacus'; it needs one of"),
@@ -270,6 +318,7 @@ def test_wrong_values_are_refused_with_what_is_needed(
     flags: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100_000)  # 10 GB
     try:
         status = forecast.main(flags.split())
     except SystemExit as stop:
@@ -280,8 +329,9 @@ def test_wrong_values_are_refused_with_what_is_needed(
 
 def test_the_printed_plan_adds_up(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    flags = "--gpus 16 --gpus-per-node 4 --shard-over 4 --model tiny --stage finetune --samples 1.6k --device"
-    assert forecast.main([*flags.split(), "NVIDIA H200", "--global-batch-size", "32"]) == 0
+    flags = "--gpus 16 --gpus-per-node 4 --shard-over 4 --model tiny --stage finetune --samples 1.6k"
+    flags += " --global-batch-size 32 --preset aligngpt-7b"
+    assert forecast.main([*flags.split(), "--device", "NVIDIA H200"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("plan of finetune: tiny on 16 × NVIDIA H200, 4 machines of 4")
     number = r"([\d,.]+)"
@@ -297,3 +347,38 @@ def test_the_printed_plan_adds_up(capsys: pytest.CaptureFixture[str], monkeypatc
     assert said.index("what this rests on") < said.index("measured on an NVIDIA H200")
     assert said.count("assumed") >= 2
     assert "a machine sends " in said
+    assert "preset aligngpt-7b, bf16, weights cut over 4, gather layer, activation checkpointing full" in said
+
+    # No rates tell of fp32: what is counted is printed, and no hours are.
+    assert forecast.main([*flags.split()[:-2], "--preset", "tiny"]) == 0
+    said = capsys.readouterr().out
+    assert "NVIDIA H100 80GB HBM3, 4 machines of 4 (assumed, since this machine has no GPU)" in said
+    assert "all-gather of 4 " in said
+    assert "time: not predicted: known rates are of bf16" in said
+    assert "seconds of a step" not in said
+
+
+def test_a_gpu_of_this_machine_without_rates_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: SimpleNamespace(total_memory=10**10))
+    for name in ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA Abacus"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        assert forecast.main(["--gpus", "8"]) == 1
+        assert f"--device is {name!r}; it needs one of " in capsys.readouterr().err
+
+
+def test_numbers_and_devices_are_read_as_they_are_written() -> None:
+    written = {"1.005k": 1005, "1.2M": 1_200_000, "1,200": 1200, "665_000": 665_000, "64": 64, "0.5k": 500}
+    assert {text: forecast.count(text) for text in written} == written
+    memory = {
+        "NVIDIA A100-SXM4-40GB": 40e9,
+        "NVIDIA A100-PCIE-40GB": 40e9,
+        "NVIDIA A100-SXM4-80GB": 80e9,
+        "NVIDIA A100 80GB PCIe": 80e9,
+        "NVIDIA H100 NVL": 94e9,
+    }
+    assert {name: cluster.memory_of(name)[0] for name in memory} == memory  # type: ignore[index]
+    assert cluster.memory_of("NVIDIA H100 PCIe") == (80e9, 2.0e12)
+    assert cluster.memory_of("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from training import dry_run, lora, optim, plan, sharding
+from training import cluster, lora, optim, plan, sharding
 from training.config import LoraConfig, ModelConfig, OptimConfig, ShardingConfig, TrainedPart
 from training.entry import run
 from training.plan import MicroBatch
@@ -286,9 +286,9 @@ def test_a_dry_run_is_refused_what_the_run_would_be(
 def test_what_does_not_fit_is_said_with_numbers(
     parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dry_run, "H100_BYTES", 400_000)
+    monkeypatch.setitem(cluster.MEMORY, "H100", (400_000.0, 3.35e12))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    more = ("--dry-run", "--model.train", "llm", "projector", "--data.no-packing")
+    more = ("--dry-run", "--model.train", "llm", "projector", "--data.no-packing", "--precision", "bf16")
     monkeypatch.setattr("sys.argv", flags(parts, tmp_path, *more))
     run("pretrain")
     said = capsys.readouterr().out
@@ -312,7 +312,17 @@ def test_micro_batches_of_a_plan(parts: Any) -> None:
 
     config = plan.TrainConfig(token_budget=50, per_device_batch_size=1)
     packed = plan.make_batches(config, lengths, OneStep(), processes=2, total_steps=1)  # type: ignore[arg-type]
-    assert packed == plan.Batches(MicroBatch((1, 50), 2, 21), 1, 1.0, 100 / (2 * 20 + 2 * 40))
+    assert packed == plan.Batches(MicroBatch((1, 50), 2, 21), 1, 1.0, 1.0, 100 / (2 * 20 + 2 * 40))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=False))
     padded = plan.make_batches(config, lengths, OneStep(), processes=2, total_steps=1)  # type: ignore[arg-type]
-    assert padded == plan.Batches(MicroBatch((1, 40), 2, 16), 2, 1.0, 100 / 120)
+    assert padded == plan.Batches(MicroBatch((1, 40), 2, 16), 2, 2.0, 1.0, 100 / 120)
+
+    class TwoSteps:
+        def steps(self, first: int, stop: int) -> Iterator[np.ndarray]:
+            yield np.arange(4)
+            yield np.array([3, 3, 3, 3])  # none fits beside another
+
+    config = plan.TrainConfig(token_budget=50)
+    uneven = plan.make_batches(config, lengths, TwoSteps(), processes=2, total_steps=2)  # type: ignore[arg-type]
+    assert (uneven.micro_batches, uneven.micro_batches_mean) == (2, 1.5)  # memory takes the most, time the mean
+    assert uneven.packed == (100 + 160) / (2 * 50 + 2 * 2 * 40)

@@ -7,8 +7,9 @@ compared is the hidden state of every token and, backward, the gradient of the e
 first layer and one of the last, all without padding. Exact, and plain, is the model on one sample after the other,
 eager.
 
-FLOPs are those of training/flops.py for the tokens that there are, padding not counted, so the share of the ceiling
-says what packing brings. Bytes are the weights once for each pass, embeddings, states and gradients.
+FLOPs are those of work.py for the tokens that there are, padding not counted, so the share of the ceiling
+says what packing brings. What each layer is given of the samples' ends, and the mask of those that pad, is made anew in
+each call, as in each forward pass of a model. Bytes are the weights once for each pass, embeddings, states and gradients.
 """
 
 import copy
@@ -109,18 +110,18 @@ def packed_run(llm: Llm, model: nn.Module, backend: str | None = None) -> Run:
             raise Absent("it is the one that ours has here")
     ends = torch.tensor([0, *itertools.accumulate(llm.lengths)], dtype=torch.int32)
     places = torch.cat([torch.arange(length) for length in llm.lengths])[None].to(device)
-    kwargs = attention.layer_inputs(
-        ends,
-        max(llm.lengths),
-        len(llm.rows),
-        device=device,
-        dtype=llm.rows.dtype,
-        head_size=size,
-        seq_lengths=llm.lengths,
-        backend=backend,
-    )
 
     def run() -> Outputs:
+        kwargs = attention.layer_inputs(
+            ends,
+            max(llm.lengths),
+            len(llm.rows),
+            device=device,
+            dtype=llm.rows.dtype,
+            head_size=size,
+            seq_lengths=llm.lengths,
+            backend=backend,
+        )
         with attended(llm, model, attention.NAME):
             found = model(inputs_embeds=llm.rows[None], position_ids=places, use_cache=False, **kwargs)
             return results(llm, found.last_hidden_state[0], llm.upstream)
@@ -259,7 +260,7 @@ def case(shape: Shape, dtype: torch.dtype, *, backward: bool, trained: bool = Tr
         plain=lambda llm: one_by_one(llm, llm.rows.dtype),
         bytes=dtype.itemsize * (passes * weights + (4 if backward else 2) * tokens * shape.width),
         flops=2 * passes * weights * tokens,
-        stage="backward" if backward else "LLM forward",
+        stage="LLM forward + backward" if backward else "LLM forward",
         items=tokens,
         unit="tokens",
         group=f"LLM {what}",

@@ -40,7 +40,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from aligngpt import attention
@@ -213,11 +212,8 @@ def train_step(
     """An optimizer step of training/loop.py; its loss and the norm of its gradient. (2,)"""
     world = world_of_one()
     sums = loop.forward_and_backward(model, step, config, world)
-    with marked("gradient norm"):
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        norm = sharding.whole(get_total_norm([parameter.grad for parameter in trained])).item()
-        (means,) = sums.reduce(world)
-        clip_grads_with_norm_(trained, config.optim.clip_norm, torch.tensor(norm, device=world.device))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    means, norm = loop.reduce_and_clip(trained, sums, config, world)
     with marked("optimizer"):
         optimizer.step()
         optimizer.zero_grad()

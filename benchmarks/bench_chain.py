@@ -42,7 +42,6 @@ from benchmarks.work import (
     text_mean_flops,
 )
 
-
 COMPILED = "reference, torch.compile"
 
 

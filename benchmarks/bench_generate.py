@@ -42,7 +42,7 @@ from aligngpt.model import AlignGPTForConditionalGeneration
 from aligngpt.processor import AlignGPTProcessor
 from aligngpt.sampling import Sampling
 from benchmarks import lengths, shapes
-from benchmarks.bench_step import LLAMA_7B, SMALLEST, Size
+from benchmarks.bench_step import LLAMA_7B, MICRO_TOWER, SMALLEST, Size
 from benchmarks.case import Case, Contender
 from benchmarks.measure import Outputs, allocations, count_syncs, peak_bytes, synchronize
 from benchmarks.stages import StageWork, measure
@@ -568,7 +568,6 @@ GPU = torch.cuda.is_available()
 LARGE = Work(LLAMA_7B, text=128, new=128, requests=1, pictures=True, dtype=torch.bfloat16)
 DEMO = SMALLEST._replace(scale=64, vocabulary=512, mlp=256, layers=3)
 SMALL = Work(DEMO, text=16, new=48, requests=1, pictures=True, dtype=torch.float32)
-MICRO_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 MICRO = SMALLEST._replace(scale=144, vocabulary=64, width=32, mlp=64, layers=2, heads=2, tower=MICRO_TOWER)
 LEAST = Work(MICRO, text=5, new=6, requests=1, pictures=True, dtype=torch.float32)
 

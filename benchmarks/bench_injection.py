@@ -90,9 +90,7 @@ def lean(batch: Batch, *, compiles: bool = False) -> Tensor:
     return function(batch.texts, batch.embed_weight, batch.image_rows, batch.align_rows, packed)
 
 
-def joined(
-    texts: list[Tensor], embed_weight: Tensor, image_rows: Tensor, align_rows: Tensor, packed: bool
-) -> Tensor:
+def joined(texts: list[Tensor], embed_weight: Tensor, image_rows: Tensor, align_rows: Tensor, packed: bool) -> Tensor:
     samples = []
     for text, image, align in zip(texts, image_rows, align_rows, strict=True):
         rows = F.embedding(text, embed_weight)
@@ -149,7 +147,6 @@ def case(
 
     def by_compiler(b: Batch) -> Tensor:
         return compiled(inject_reference)(b.ids, b.embed_weight, b.image_rows, b.align_rows, plan=b.plan)
-
 
     def reference(b: Batch) -> Tensor:
         return inject_reference(b.ids, b.embed_weight, b.image_rows, b.align_rows, plan=b.plan)

@@ -8,13 +8,13 @@ first layer and one of the last, all without padding. Exact, and plain, is the m
 eager.
 
 FLOPs are those of work.py for the tokens that there are, padding not counted, so the share of the ceiling
-says what packing brings. What each layer is given of the samples' ends, and the mask of those that pad, is made anew in
-each call, as in each forward pass of a model. Bytes are the weights once for each pass, embeddings, states and gradients.
+says what packing brings. Bytes are the weights once for each pass, embeddings, states and gradients. What each layer is
+given of the samples' ends, and the mask of those that pad, is made in each call, as a model does it.
 """
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from transformers.models.llama import modeling_llama
 from aligngpt import attention
 from benchmarks import lengths, shapes
 from benchmarks.case import Absent, Case, Contender
+from benchmarks.liger import with_liger
 from benchmarks.measure import Outputs, Run
 
 
@@ -193,36 +194,16 @@ def padded_compiled(llm: Llm) -> Run:
 
 
 def liger(llm: Llm) -> Run:
-    """Liger replaces names in transformers' module: for its own calls alone here."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     llm, model = own_copy(llm)
-    names = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")
-    with named(modeling_llama, {name: getattr(modeling_llama, name) for name in names}):
+
+    def apply() -> None:
         apply_liger_kernel_to_llama(
             rope=True, cross_entropy=False, fused_linear_cross_entropy=False, rms_norm=True, swiglu=True, model=model
         )
-        theirs = {name: getattr(modeling_llama, name) for name in names}
-    call = padded_run(llm, model, "sdpa")
 
-    def run() -> Outputs:
-        with named(modeling_llama, theirs):
-            return call()
-
-    return run
-
-
-@contextmanager
-def named(module: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """The module's names have these values, and afterwards those from before."""
-    before = {name: getattr(module, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
+    return with_liger(apply, (modeling_llama,), padded_run(llm, model, "sdpa"))
 
 
 def one_by_one(llm: Llm, dtype: torch.dtype) -> Outputs:

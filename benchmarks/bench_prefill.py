@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_generate import (
-    GPU,
     LARGE,
     LEAST,
     ONE_AT_A_TIME,

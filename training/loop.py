@@ -10,14 +10,15 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
@@ -195,7 +196,7 @@ def run_steps(run: Run, steps: Iterable[tuple[int, Step]]) -> None:
 
         sums = forward_and_backward(model, step, config, world)
         means, norm, stops, failed = reduce_and_clip(
-            trained, sums, config, world, run.stop.requested, run.saves.failed()
+            trained, sums, config, world, lambda: (run.stop.requested, run.saves.failed())
         )
 
         run.saves.wait_staged()  # a save still reads the weights
@@ -259,12 +260,17 @@ def forward_and_backward(
 
 
 def reduce_and_clip(
-    trained: Sequence[nn.Parameter], sums: StepSums, config: TrainConfig, world: World, *more: float
+    trained: Sequence[nn.Parameter],
+    sums: StepSums,
+    config: TrainConfig,
+    world: World,
+    more: Callable[[], tuple[float, ...]] = tuple,
 ) -> tuple[Any, ...]:
-    """Clip a step's gradient. Its means over all processes, the norm before, and the sums of `more` numbers."""
+    """Clip a step's gradient. The step's means over all processes, the norm before, and the sums of `more`, which is
+    asked when the host has waited for the gradient."""
     with stage("gradient norm"):
         norm = sharding.whole(get_total_norm([parameter.grad for parameter in trained])).item()
-        means, norms, *added = sums.reduce(world, norm, *more)
+        means, norms, *added = sums.reduce(world, norm, *more())
         norm = norms / world.size  # copies of the weights may sum theirs in other orders, and must clip alike
         clip_grads_with_norm_(trained, config.optim.clip_norm, torch.tensor(norm, device=world.device))
     return means, norm, *added

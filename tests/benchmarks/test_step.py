@@ -72,6 +72,26 @@ def test_all_contenders_do_the_same(case):
         assert "wrong" not in found, (name, found)
 
 
+def test_a_peer_of_another_loss_is_named(monkeypatch: pytest.MonkeyPatch):
+    """Also where all else is held to that peer."""
+    right = bench_step.plain_step
+
+    def off(*args, **kwargs):
+        loss, norm = right(*args, **kwargs)
+        return torch.stack([1.001 * loss, norm])
+
+    monkeypatch.setattr(bench_step, "plain_step", off)
+    case = plain_case(MICRO, "finetune", torch.float32)
+    inputs = case.make(CPU)
+    exact, plain = case.exact(inputs), case.plain(inputs)
+    found = {
+        name: check(case, name, inputs, contender.prepare(inputs), plain, exact)
+        for name, contender in case.contenders.items()
+    }
+    assert "wrong" not in found["ours"]
+    assert "result 0 is off" in found["plain loop"]["wrong"]
+
+
 def test_a_results_file_has_share_and_stages(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(bench_step, "peak_tflops", lambda device: 1e-6)
     case = shaped_case(MICRO, "finetune", torch.float32, "none")

@@ -299,8 +299,8 @@ def compare(
             floor = max(floor, floors[index] * size)
         elif e.numel() < FEW:
             plain_error = max(plain_error, relative * size)
-        floor = max(floor, torch.finfo(torch.float32).eps / 2 * terms**0.5 * size)
-        if not error <= factor * plain_error + floor:  # NaN too
+        one_by_one = torch.finfo(torch.float32).eps / 2 * terms**0.5 * size
+        if not error <= factor * plain_error + max(floor, one_by_one):  # NaN too
             return math.inf, (
                 f"result {index} is off by {error:.3g}; {factor:g} × the plain path's {plain_error:.3g} is allowed"
             )

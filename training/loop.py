@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
@@ -260,7 +259,7 @@ def forward_and_backward(
 
 
 def reduce_and_clip(
-    trained: Sequence[nn.Parameter],
+    trained: Sequence[Any],  # the weights that train
     sums: StepSums,
     config: TrainConfig,
     world: World,

@@ -408,22 +408,22 @@ class AlignGPTModel(_AlignInit, LlavaModel):
                     plan=plan,
                     cu_seqlens=cu_seqlens,
                 )
-        if cu_seqlens is not None:
-            assert max_seqlen is not None
-            kwargs["use_cache"] = False  # there is nothing that could go on from several sequences
-            kwargs |= attention.layer_inputs(
-                cu_seqlens,
-                max_seqlen,
-                inputs_embeds.shape[1],
-                device=inputs_embeds.device,
-                dtype=_compute_dtype(inputs_embeds),
-                head_size=_head_size(self.config.text_config),
-                seq_lengths=seq_lengths,
-                backend=attention_backend,
-            )
-            if self.language_model.config._attn_implementation == decoding.NAME:
-                attention_mask = decoding.no_mask(inputs_embeds.device)
         with stage("LLM forward"):
+            if cu_seqlens is not None:
+                assert max_seqlen is not None
+                kwargs["use_cache"] = False  # there is nothing that could go on from several sequences
+                kwargs |= attention.layer_inputs(
+                    cu_seqlens,
+                    max_seqlen,
+                    inputs_embeds.shape[1],
+                    device=inputs_embeds.device,
+                    dtype=_compute_dtype(inputs_embeds),
+                    head_size=_head_size(self.config.text_config),
+                    seq_lengths=seq_lengths,
+                    backend=attention_backend,
+                )
+                if self.language_model.config._attn_implementation == decoding.NAME:
+                    attention_mask = decoding.no_mask(inputs_embeds.device)
             outputs = self.language_model(
                 attention_mask=attention_mask,
                 position_ids=position_ids,

@@ -1,7 +1,8 @@
 """Projector, gate and injection as one stage of 16 images: ours, in parts and fused, against what it replaces.
 
 What it replaces is the eager projector and the public code's concatenating algorithm (public.py) with its gate
-between: the text mean of each padded text block, the dots with the padded image block, a two-layer MLP, the mix.
+between: the text mean of each padded text block, the dots with the padded image block, a two-layer MLP, the mix. Ours
+is given its plan, as bench_injection says; "ours, with its plan" is in parts and makes it in the call.
 Forward + backward gives projector and gate their gradients; the embeddings and the gate's table are frozen.
 """
 
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from aligngpt_kernels import (
+    InjectionPlan,
     align_gate,
     align_gate_reference,
     fused_projector,
@@ -27,10 +29,20 @@ from torch import Tensor
 from benchmarks import bench_injection, bench_projector
 from benchmarks.bench_injection import Batch, concatenated, make_batch
 from benchmarks.bench_projector import Projector
-from benchmarks.case import Case, InTurns, our_impl, simple, with_grads
+from benchmarks.case import TOO_SMALL, Case, InTurns, compiled, our_impl, simple, with_grads
 from benchmarks.measure import Outputs
 from benchmarks.public import Cut, search
 from benchmarks.shapes import CPU_WIDTH, FEATURES, GATE_HIDDEN, IMAGES, LEVELS, ROWS, TEXT, VOCABULARY, WIDTH
+from benchmarks.work import (
+    align_gate_backward_flops,
+    align_gate_flops,
+    gate_weights,
+    projector_backward_flops,
+    projector_flops,
+    text_mean_flops,
+)
+
+COMPILED = "reference, torch.compile"
 
 
 class Chain(NamedTuple):
@@ -80,13 +92,31 @@ def fused(c: Chain) -> Tensor:
     return out
 
 
-def reference(c: Chain) -> Tensor:
-    b = c.batch
-    image_rows = fused_projector_reference(*c.projector[:5])
-    mean = text_mean_reference(b.ids, b.embed_weight, c.gate_mask, b.plan)
-    image_sample = b.plan.image_sample(image_rows.shape[1])
-    heads, _ = align_gate_reference(image_rows, mean, *c.gate, c.table, image_sample=image_sample, mode="adaptive")
-    return inject_reference(b.ids, b.embed_weight, image_rows, heads, plan=b.plan)
+def reference(c: Chain, *, compiles: bool = False) -> Tensor:
+    b, function = c.batch, compiled(of_references) if compiles else of_references
+    arguments = c.projector[:5], c.gate, c.table, c.gate_mask, b.ids, b.embed_weight, b.plan
+    return function(*arguments)
+
+
+def of_references(
+    projector: tuple[Tensor, ...],
+    gate: tuple[Tensor, Tensor, Tensor, Tensor],
+    table: Tensor,
+    gate_mask: Tensor,
+    ids: Tensor,
+    embed_weight: Tensor,
+    plan: InjectionPlan,
+) -> Tensor:
+    x, w1, b1, w2, b2 = projector
+    image_rows = fused_projector_reference(x, w1, b1, w2, b2)
+    mean = text_mean_reference(ids, embed_weight, gate_mask, plan)
+    image_sample = plan.image_sample(image_rows.shape[1])
+    heads, _ = align_gate_reference(image_rows, mean, *gate, table, image_sample=image_sample, mode="adaptive")
+    return inject_reference(ids, embed_weight, image_rows, heads, plan=plan)
+
+
+def planning(c: Chain) -> Tensor:
+    return in_parts(c._replace(batch=c.batch._replace(plan=c.batch.planned())))
 
 
 def mix(dots: Tensor, c: Chain) -> Tensor:
@@ -142,6 +172,7 @@ def case(
     width: int = WIDTH,
     vocabulary: int = VOCABULARY,
     dtype: torch.dtype = torch.bfloat16,
+    compiles: bool = True,
 ) -> Case:
     image_rows, tokens = IMAGES * rows, IMAGES * (TEXT + rows + 1)
     weights, texts = features * width + width**2, IMAGES * TEXT * width
@@ -149,15 +180,20 @@ def case(
         "ours, in parts": in_parts,
         "ours, eager projector": partial(in_parts, eager_projector=True),
         "ours, project_and_inject": fused,
+        "ours, with its plan": planning,
         "reference": reference,
         "eager + concatenating": known,
         "eager + concatenating, searching": searching,
     }
+    if compiles:
+        functions[COMPILED] = partial(reference, compiles=True)
     moved = image_rows * features + weights + texts + tokens * width
-    products = 2 * image_rows * width * (features + width + 1)
-    if backward:  # as in bench_projector; the gate's own gradients are little beside it
+    gate = image_rows, IMAGES, width, gate_weights(rows), LEVELS
+    words = IMAGES * (TEXT - 1) - 5 * sum(range(IMAGES))  # make_batch's lengths, less each one's BOS
+    products = projector_flops(image_rows, features, width) + text_mean_flops(words, width) + align_gate_flops(*gate)
+    if backward:  # as in bench_projector and bench_gate; the embeddings are frozen
         moved += image_rows * (features + width) + width**2 + weights
-        products += 2 * image_rows * width * (features + 2 * width)
+        products += projector_backward_flops(image_rows, features, width) + align_gate_backward_flops(*gate)
     direction = "forward + backward" if backward else "forward"
     return Case(
         name=f"projector + gate + injection {direction}, {IMAGES} images",
@@ -167,7 +203,9 @@ def case(
         plain=partial(outputs, known),
         bytes=moved * dtype.itemsize,
         flops=products,
+        terms=image_rows if backward else width,
         stage="projector + gate + injection",
+        absent={} if compiles else {COMPILED: TOO_SMALL},
         items=IMAGES,
         unit="images",
         group=f"chain {direction}",
@@ -184,11 +222,11 @@ def cases() -> list[Case]:
 
 def cpu_cases() -> list[Case]:
     here = partial(case, rows=144, width=CPU_WIDTH // 2, dtype=torch.float32)
-    return [here(backward=backward) for backward in (False, True)]
+    return [here(backward=backward, compiles=backward) for backward in (False, True)]
 
 
 def small_cases() -> list[Case]:
-    small = partial(case, rows=16, features=32, width=64, vocabulary=500, dtype=torch.float32)
+    small = partial(case, rows=16, features=32, width=64, vocabulary=500, dtype=torch.float32, compiles=False)
     return [small(backward=backward) for backward in (False, True)]
 
 

@@ -68,7 +68,7 @@ def data_case(
         equal=not floors,
         bytes=0,
         flops=0,
-        stage="read + decode",
+        stage="data set",
         clock="host",
         items=items or records,
         unit="records",

@@ -39,6 +39,7 @@ from benchmarks.bench_generate import (
     MICRO,
     ONE_AT_A_TIME,
     Work,
+    kept_bytes,
     make_model,
     none_lacking,
     plain_error,
@@ -49,7 +50,7 @@ from benchmarks.bench_generate import (
 from benchmarks.bench_images import photo
 from benchmarks.bench_step import LLAMA_7B, Size
 from benchmarks.case import Case, Contender
-from benchmarks.measure import Outputs, Run, count_syncs
+from benchmarks.measure import Outputs, Run, count_syncs, peak_bytes
 
 NEW = 4
 PER_PICTURE = 6  # questions
@@ -66,6 +67,7 @@ class Field(NamedTuple):
     peer: AlignGPTForConditionalGeneration  # the same weights, with attention by SDPA
     processor: AlignGPTProcessor
     said: dict[str, Answers]  # by contender, in its latest call
+    kept: dict[str, int]  # bytes that a contender keeps between calls
 
     @property
     def model(self) -> AlignGPTForConditionalGeneration:
@@ -88,7 +90,7 @@ def make(device: torch.device, size: Size, dtype: torch.dtype, questions: int, r
     peer = twin(model)
     engine = runner.make_engine(model, processor, rows, runner.needed_length([work], processor, model))
     weakref.finalize(engine, shutil.rmtree, root, ignore_errors=True)
-    return Field(root, task, work.questions, engine, peer, processor, {})
+    return Field(root, task, work.questions, engine, peer, processor, {}, {})
 
 
 def write_pope(root: Path, questions: int, words: int, vocabulary: int) -> None:
@@ -125,6 +127,8 @@ def ours(field: Field) -> Run:
         shutil.rmtree(out)
         return outputs(field, field.said["ours"], result["headline"])
 
+    if "ours" not in field.kept:  # the engine makes its cache when it is first used
+        field.kept["ours"] = kept_bytes(run, field.model.device)
     return run
 
 
@@ -193,9 +197,15 @@ def lacking(field: Field, found: Outputs, size: Size) -> Outputs:
     return shortfall(judged, [found[0][: judged.work.requests].clamp(min=0)])
 
 
+def memory(run: Run, field: Field, seconds: float, *, name: str) -> dict[str, Any]:
+    """What it keeps between calls, and the peak together with that."""
+    kept = field.kept.get(name, 0)
+    return {"kept_bytes": kept, "peak_bytes": kept + peak_bytes(run, field.model.device)}
+
+
 def equal_answers(run: Run, field: Field, seconds: float) -> dict[str, Any]:
-    """How many answers are those of the peer, and waits for the device."""
-    found: dict[str, Any] = {"syncs": count_syncs(run, field.model.device)}
+    """Memory, waits for the device, and how many answers are those of the peer."""
+    found = memory(run, field, seconds, name="ours") | {"syncs": count_syncs(run, field.model.device)}
     if {"ours", ONE_AT_A_TIME} <= field.said.keys():
         mine, other = field.said["ours"], field.said[ONE_AT_A_TIME]
         found |= {"equal_answers": sum(mine[key] == other[key] for key in mine), "questions": len(mine)}
@@ -211,7 +221,7 @@ def case(size: Size, dtype: torch.dtype, questions: int, rows: int, rounds: int)
         make=partial(make, size=size, dtype=dtype, questions=questions, rows=rows),
         contenders={
             "ours": Contender(ours, finish, details=equal_answers),
-            ONE_AT_A_TIME: Contender(one_at_a_time, finish),
+            ONE_AT_A_TIME: Contender(one_at_a_time, finish, details=partial(memory, name=ONE_AT_A_TIME)),
         },
         exact=exact_answers if is_exact else lambda field: none_lacking(asked(field, size)),
         plain=(lambda field: []) if is_exact else lambda field: plain_lacking(asked(field, size)),
@@ -222,7 +232,6 @@ def case(size: Size, dtype: torch.dtype, questions: int, rows: int, rounds: int)
         items=questions,
         unit="answers",
         group="evaluation",
-        memory=True,
         equal=is_exact,
         rounds=rounds,
         trains=True,

@@ -12,6 +12,7 @@ from benchmarks.bench_injection import make_batch
 from benchmarks.case import TOO_SMALL, Case, InTurns, compiled, our_impl, simple, with_grads
 from benchmarks.measure import Outputs
 from benchmarks.shapes import CPU_WIDTH, GATE_HIDDEN, IMAGES, LEVELS, ROWS, TEXT, VOCABULARY, WIDTH
+from benchmarks.work import align_gate_backward_flops, align_gate_flops, gate_weights, text_mean_flops
 
 
 class Gate(NamedTuple):
@@ -115,11 +116,14 @@ def case(
         return with_grads(out, chosen, g.upstream.to(out.dtype))
 
     text_rows = IMAGES * TEXT - 5 * sum(range(IMAGES)) - IMAGES  # make_batch's lengths, less each one's BOS
-    elements = 0
+    elements = flops = 0
     if op != "align_gate":
         elements += text_rows * width + (vocabulary * width if backward else 0)  # the whole table's gradient
+        flops += text_mean_flops(text_rows, width) * (2 if backward else 1)
     if op != "text_mean":
+        gate = IMAGES * rows, IMAGES, width, gate_weights(rows), LEVELS
         elements += IMAGES * rows * width * (3 if backward else 1)  # image rows again, and their gradient
+        flops += align_gate_flops(*gate) + (align_gate_backward_flops(*gate) if backward else 0)
     contenders = {"ours": simple(lambda g: outputs(ours, g)), "reference": simple(lambda g: outputs(plain, g))}
     if compiles:
         contenders["reference, torch.compile"] = simple(lambda g: outputs(compiled(plain), g))
@@ -130,7 +134,8 @@ def case(
         exact=lambda g: outputs(plain, double(g)),
         plain=lambda g: outputs(plain, g),
         bytes=elements * dtype.itemsize,
-        flops=2 * elements,
+        flops=flops,
+        terms=width,
         stage="gate",
         items=IMAGES,
         unit="samples",

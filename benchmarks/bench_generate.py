@@ -41,11 +41,12 @@ from aligngpt.generate import Engine, Request
 from aligngpt.model import AlignGPTForConditionalGeneration
 from aligngpt.processor import AlignGPTProcessor
 from aligngpt.sampling import Sampling
-from benchmarks import lengths
-from benchmarks.bench_step import LLAMA_7B, SMALLEST, Size
+from benchmarks import lengths, shapes
+from benchmarks.bench_step import LLAMA_7B, MICRO_TOWER, SMALLEST, Size
 from benchmarks.case import Case, Contender
-from benchmarks.measure import Outputs, count_syncs, synchronize
+from benchmarks.measure import Outputs, allocations, count_syncs, peak_bytes, synchronize
 from benchmarks.stages import StageWork, measure
+from benchmarks.work import align_gate_flops, gate_weights, projector_flops, text_mean_flops, tower_flops
 
 CHECKED = 4
 PAGE = 64  # tokens of a page of transformers' continuous batching
@@ -261,22 +262,16 @@ class Answering:
     ):
         """`whole`: the first answers, not timed, have all their tokens, for what is sized by them. `counted`: waits can
         be counted, since the thread that calls does the work."""
-        self.asked, self.counted, before = asked, counted, held_bytes(asked.device)
-        self.answer = make_answer(asked)
-        self.first_seconds = self.seconds_of(asked.work.new if whole else min(asked.work.new, 2))  # compiles
-        self.kept_bytes = held_bytes(asked.device) - before
-        self.peak_bytes = 0  # of the last call
+        self.asked, self.counted = asked, counted
+
+        def make() -> None:
+            self.answer = make_answer(asked)
+            self.first_seconds = self.seconds_of(asked.work.new if whole else min(asked.work.new, 2))  # compiles
+
+        self.kept_bytes = kept_bytes(make, asked.device)
 
     def __call__(self) -> Outputs:
-        device = self.asked.device
-        synchronize(device)
-        before = held_bytes(device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        tokens = self.answer(self.asked.work.new)
-        if device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated(device) - before
-        return [tokens]
+        return [self.answer(self.asked.work.new)]
 
     def seconds_of(self, new: int) -> float:
         synchronize(self.asked.device)
@@ -297,8 +292,9 @@ class Answering:
             "answers_per_second": round(work.requests / seconds, 3),
             "first_call_seconds": round(self.first_seconds, 2),
         }
-        if asked.device.type == "cuda":
-            found["peak_bytes"] = self.kept_bytes + self.peak_bytes
+        if self.counted or asked.device.type == "cuda":  # on a CPU another thread's memory is not seen
+            found["kept_bytes"] = self.kept_bytes
+            found["peak_bytes"] = self.kept_bytes + peak_bytes(self, asked.device)
         if self.counted:
             found["syncs"] = count_syncs(self, asked.device)
         if self.counted and work.requests == 1 and work.new > 1:
@@ -307,8 +303,14 @@ class Answering:
         return found
 
 
-def held_bytes(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+def kept_bytes(make: Callable[[], Any], device: torch.device) -> int:
+    """What is held since `make` was called, and was not before; on a CPU of what this thread allocates."""
+    if device.type != "cuda":
+        return sum(size for size in allocations(make) if isinstance(size, int))
+    before = torch.cuda.memory_allocated(device)
+    make()
+    synchronize(device)
+    return torch.cuda.memory_allocated(device) - before
 
 
 def ours(asked: Asked, rows: int, compile: bool | None = None) -> Callable[[int], Tensor]:
@@ -406,9 +408,9 @@ def layer_weights(size: Size) -> int:
 
 
 def tower_weights(size: Size) -> int:
-    """Of the products in the tower, up to the layer before the last."""
+    """Of the products in the tower."""
     width, mlp, layers = (size.tower[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
-    return (layers - 1) * (4 * width**2 + 2 * width * mlp) + 3 * size.patch**2 * width
+    return layers * (4 * width**2 + 2 * width * mlp) + 3 * size.patch**2 * width
 
 
 def projector_weights(size: Size) -> int:
@@ -423,37 +425,50 @@ def cache_bytes(work: Work) -> int:
 def stage_work(work: Work, sampled: int) -> dict[str, StageWork]:
     """Of a call that reads all prompts at once and chooses `sampled` tokens where that is marked."""
     size, item = work.size, work.dtype.itemsize
-    images, patches, tokens = work.requests * work.pictures, work.rows_per_image + 1, sum(work.prompts)
+    images, tokens = work.requests * work.pictures, sum(work.prompts)
+    rows = images * work.rows_per_image
+    words = tokens - rows - 2 * images if work.pictures else 0  # without <s> and <align>
     layers, head, tower = layer_weights(size), size.vocabulary * size.width, tower_weights(size)
-    tower_width, tower_layers = size.tower["hidden_size"], size.tower["num_hidden_layers"] - 1
     steps = work.new - 1
     keys = sum(length + step for length in work.prompts for step in range(1, work.new))  # read in all steps
     vectors = 2 * tokens * size.width * item
     written = 2 * size.layers * tokens * size.width * item  # to the cache
-    scores = 2 * size.layers * size.width * sum(length**2 for length in work.prompts)  # causal: half of each square
     logits = sampled * size.vocabulary
     return {
         "vision tower": StageWork(
             images,
             "images",
             tower * item + images * 3 * size.image_size**2 * 4,
-            images * (2 * tower * patches + 4 * tower_layers * tower_width * patches**2),
+            tower_flops(
+                images,
+                work.rows_per_image,
+                patch=size.patch,
+                width=size.tower["hidden_size"],
+                mlp=size.tower["intermediate_size"],
+                layers=size.tower["num_hidden_layers"],
+            ),
         ),
         "projector": StageWork(
-            images,
-            "images",
-            projector_weights(size) * item,
-            images * 2 * work.rows_per_image * projector_weights(size),
+            rows,
+            "image rows",
+            (projector_weights(size) + rows * (size.tower["hidden_size"] + size.width)) * item,
+            projector_flops(rows, size.tower["hidden_size"], size.width),
         ),
-        "gate": StageWork(images, "samples", vectors / 2, 2 * tokens * size.width),
+        "gate": StageWork(
+            images,
+            "samples",
+            vectors / 2,
+            text_mean_flops(words, size.width)
+            + align_gate_flops(rows, images, size.width, gate_weights(work.rows_per_image), shapes.LEVELS),
+        ),
         "injection": StageWork(tokens, "tokens", vectors, 0),
-        "LLM forward": StageWork(tokens, "tokens", layers * item + vectors + written, 2 * layers * tokens + scores),
+        "LLM forward": StageWork(tokens, "tokens", layers * item + vectors + written, 2 * layers * tokens),
         "prefill": StageWork(tokens, "tokens", head * item, 2 * head * work.requests),  # what is left of it: the head
         "decode step": StageWork(
             work.requests * steps,
             "tokens",
             weight_bytes(work) * steps + 2 * size.layers * size.width * keys * item,
-            2 * (layers + head) * work.requests * steps + 4 * size.layers * size.width * keys,
+            2 * (layers + head) * work.requests * steps,
         ),
         "sampling": StageWork(sampled, "tokens", logits * item, logits),
     }
@@ -478,7 +493,6 @@ def case(name: str, work: Work, contenders: dict[str, Contender], rounds: int) -
         items=work.requests,
         unit="answers",
         group=f"generate {name}",
-        memory=not GPU,  # there it is recorded together with what is kept
         input_bytes=weight_bytes(work) + 2 * cache_bytes(work),  # ours is kept while a peer has its own
         rounds=rounds,
         trains=True,
@@ -518,8 +532,7 @@ def images_case(work: Work, rows: int) -> Case:
 
 def texts_case(work: Work) -> Case:
     batching = contender(continuous, whole=True, counted=False)
-    found = case("texts", work, {"ours": contender(ours, rows=work.requests), CONTINUOUS: batching}, rounds=3)
-    return dataclasses.replace(found, memory=False)  # a thread of its own has it
+    return case("texts", work, {"ours": contender(ours, rows=work.requests), CONTINUOUS: batching}, rounds=3)
 
 
 def first_case(work: Work) -> Case:
@@ -555,7 +568,6 @@ GPU = torch.cuda.is_available()
 LARGE = Work(LLAMA_7B, text=128, new=128, requests=1, pictures=True, dtype=torch.bfloat16)
 DEMO = SMALLEST._replace(scale=64, vocabulary=512, mlp=256, layers=3)
 SMALL = Work(DEMO, text=16, new=48, requests=1, pictures=True, dtype=torch.float32)
-MICRO_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 MICRO = SMALLEST._replace(scale=144, vocabulary=64, width=32, mlp=64, layers=2, heads=2, tower=MICRO_TOWER)
 LEAST = Work(MICRO, text=5, new=6, requests=1, pictures=True, dtype=torch.float32)
 

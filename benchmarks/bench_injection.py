@@ -11,6 +11,9 @@ Three ways of concatenating are timed beside it:
 - `lean`: the least a concatenating loop can do, each sample concatenated whole with its alignment row, padded,
   stacked. Three passes over the rows, so at most three times the bytes of `inject` (185 MB in bfloat16).
 
+Ours is given its plan, as the collator makes it on the host beside the ids, while the device is at work on the batch
+before. "ours, with its plan" makes it in the call from ids on the device, for which it waits, as `searching` does.
+
 Packed sequences need no padding: there the loops' samples are joined by one concatenation.
 
 On a CPU too the width is 4096, in both dtypes. There, in float32, `public` must take REQUIRED times as long for equal
@@ -27,7 +30,7 @@ import torch.nn.functional as F
 from aligngpt_kernels import InjectionPlan, inject, inject_reference, injection_plan
 from torch import Tensor
 
-from benchmarks.case import Case, InTurns, our_impl, simple, with_grads
+from benchmarks.case import TOO_SMALL, Case, InTurns, compiled, our_impl, simple, with_grads
 from benchmarks.measure import Outputs
 from benchmarks.public import MARK, Cut, Heads, concatenate, pad_and_stack, search
 from benchmarks.shapes import IMAGES, ROWS, TEXT, VOCABULARY, WIDTH
@@ -36,6 +39,7 @@ CUT = 40  # text tokens before the image, BOS among them
 HALF = torch.bfloat16
 PADDING = 0  # the id that padded rows end with
 REQUIRED = 5
+COMPILED = ("reference, torch.compile", "concatenating once, torch.compile")
 LAYOUTS = ["equal", "padded", "packed"]  # "padded" and "packed": 128, 123, … 53 text tokens
 
 
@@ -47,6 +51,7 @@ class Batch(NamedTuple):
     align_rows: Tensor
     plan: InjectionPlan
     marked: Tensor  # (B, longest text + 1), with a MARK where the image goes
+    planned: Callable[[], InjectionPlan]  # makes the plan anew
     upstream: Tensor | None = None  # gradient of the result, where one is asked for
 
 
@@ -73,18 +78,24 @@ def make_batch(
     embed_weight[PADDING] = 0  # so that padding is zeros in every algorithm
     image_rows = torch.randn(IMAGES, rows, width, dtype=dtype, device=device)
     align_rows = torch.randn(IMAGES, width, dtype=dtype, device=device)
-    plan = injection_plan(ids, image_token_id=image_id, align_token_id=align_id, cu_seqlens=spans)
+    planned = partial(injection_plan, ids, image_token_id=image_id, align_token_id=align_id, cu_seqlens=spans)
     marked = [torch.cat([t[:CUT], mark, t[CUT:]]) for t in texts]
     marked_ids = torch.nn.utils.rnn.pad_sequence(marked, batch_first=True)
-    return Batch(texts, ids, embed_weight, image_rows, align_rows, plan, marked_ids)
+    return Batch(texts, ids, embed_weight, image_rows, align_rows, planned(), marked_ids, planned)
 
 
-def lean(batch: Batch) -> Tensor:
+def lean(batch: Batch, *, compiles: bool = False) -> Tensor:
+    function = compiled(joined) if compiles else joined
+    packed = batch.ids.dim() == 1
+    return function(batch.texts, batch.embed_weight, batch.image_rows, batch.align_rows, packed)
+
+
+def joined(texts: list[Tensor], embed_weight: Tensor, image_rows: Tensor, align_rows: Tensor, packed: bool) -> Tensor:
     samples = []
-    for text, image, align in zip(batch.texts, batch.image_rows, batch.align_rows, strict=True):
-        rows = F.embedding(text, batch.embed_weight)
+    for text, image, align in zip(texts, image_rows, align_rows, strict=True):
+        rows = F.embedding(text, embed_weight)
         samples.append(torch.cat([rows[:1], align[None], rows[1:CUT], image, rows[CUT:]]))
-    return torch.cat(samples) if batch.ids.dim() == 1 else pad_and_stack(samples)
+    return torch.cat(samples) if packed else pad_and_stack(samples)
 
 
 def public(batch: Batch) -> Tensor:
@@ -114,6 +125,7 @@ def case(
     width: int = WIDTH,
     vocabulary: int = VOCABULARY,
     dtype: torch.dtype = HALF,
+    compiles: bool = True,
 ) -> Case:
     def make(device: torch.device) -> Batch:
         """The embedding table is frozen, so that gradients are what injection itself costs."""
@@ -130,6 +142,12 @@ def case(
         arguments = b.ids, b.embed_weight, b.image_rows, b.align_rows
         return inject(*arguments, plan=b.plan, impl=our_impl(b.ids))
 
+    def planning(b: Batch) -> Tensor:
+        return ours(b._replace(plan=b.planned()))
+
+    def by_compiler(b: Batch) -> Tensor:
+        return compiled(inject_reference)(b.ids, b.embed_weight, b.image_rows, b.align_rows, plan=b.plan)
+
     def reference(b: Batch) -> Tensor:
         return inject_reference(b.ids, b.embed_weight, b.image_rows, b.align_rows, plan=b.plan)
 
@@ -138,11 +156,14 @@ def case(
 
     functions: dict[str, Callable[[Batch], Tensor]] = {
         "ours": ours,
+        "ours, with its plan": planning,
         "reference": reference,
         "concatenating once": lean,
         "concatenating": public,
         "concatenating, searching": searching,
     }
+    if compiles:
+        functions |= dict(zip(COMPILED, (by_compiler, partial(lean, compiles=True)), strict=True))
     texts = sum(TEXT - (0 if layout == "equal" else 5 * i) for i in range(IMAGES))
     tokens = texts + IMAGES * (rows + 1)
     if layout == "padded":
@@ -159,6 +180,7 @@ def case(
         flops=0,
         equal=True,
         stage="injection",
+        absent={} if compiles else dict.fromkeys(COMPILED, TOO_SMALL),
         items=tokens,
         unit="tokens",
         group=f"injection {direction}",
@@ -173,12 +195,17 @@ def cases() -> list[Case]:
 
 
 def cpu_cases() -> list[Case]:
-    forward = [case(layout, dtype=dtype) for layout in LAYOUTS for dtype in (torch.float32, HALF)]
-    return [*forward, *(case(layout, backward=True, dtype=torch.float32) for layout in ("equal", "packed"))]
+    def here(layout: str, dtype: torch.dtype = torch.float32, backward: bool = False) -> Case:
+        compiles = layout == "packed" and dtype == torch.float32  # for seconds
+        return case(layout, backward=backward, dtype=dtype, compiles=compiles)
+
+    forward = [here(layout, dtype) for layout in LAYOUTS for dtype in (torch.float32, HALF)]
+    backward = [here(layout, backward=True) for layout in ("equal", "packed")]
+    return [*forward, *backward]
 
 
 def small_cases() -> list[Case]:
-    small = partial(case, rows=16, width=64, vocabulary=500, dtype=torch.float32)
+    small = partial(case, rows=16, width=64, vocabulary=500, dtype=torch.float32, compiles=False)
     return [small(layout, backward=backward) for layout in LAYOUTS for backward in (False, True)]
 
 

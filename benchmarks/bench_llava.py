@@ -6,24 +6,21 @@ to give the same logits, loss and updates. Everybody is given the same samples, 
     forward     logits of every token, by models in the dtype itself, without gradients. Ours packed and padded
     step        one of each of training's stages: ours packed, sharded and from training's loader (bench_step.py), the
                 others as transformers' Trainer does it: padded, weights in fp32, autocast where ours computes in bf16,
-                fused AdamW. The loss must be that of Llava run eagerly; in fp32 also the gradient's norm and, after the
-                update, all weights; in bf16 also the norm, which the two ways of rounding may put BF16_NORM apart
+                fused AdamW. The loss must be that of the samples one by one; the gradient's norm and, in fp32, all
+                weights after the update those of Llava run eagerly
     the token   a step of ours with it and without it: the gate, or the look-up of levels, and a token more a sample
 
 The mark of an image row must have a row in Llava's vocabulary: it is given `<unk>`, which no text here has, and padding
-is `</s>`. Liger patches the modules of transformers for good; here its functions stand in them only while its own model
-runs, and who is timed beside it runs as transformers has it. On a CPU torch.compile and Liger are not timed: the first
+is `</s>`. On a CPU torch.compile and Liger are not timed: the first
 compiles for most of a minute, the second has no path there.
 """
 
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -36,17 +33,28 @@ from aligngpt.batch import Batch
 from aligngpt.config import AlignGPTConfig, llava_config
 from aligngpt.model import AlignGPTForConditionalGeneration
 from benchmarks import bench_step
-from benchmarks.bench_step import LLAMA_7B, MICRO, PLAIN_LR, STEPS, TINY, Data, Size, ready, tolerance
+from benchmarks.bench_step import (
+    LLAMA_7B,
+    MICRO,
+    PLAIN_LR,
+    STEPS,
+    TINY,
+    Beside,
+    Data,
+    Size,
+    ready,
+    tolerance,
+    update_floors,
+    updated,
+)
 from benchmarks.case import Case, Contender, InTurns
+from benchmarks.liger import with_liger
 from benchmarks.measure import Outputs, Run
-from benchmarks.plain import PlainBatch, compile_llm, plain_batch
-from benchmarks.plain import step as plain_step
-from training import sharding
+from benchmarks.plain import PlainBatch, plain_batch
 from training.config import Stage, TrainConfig
 from training.loop import Step
 
 UNKNOWN, END = 0, 2  # of the benchmark's tokenizer: an image's mark, and padding, which is masked
-BF16_NORM = 0.05
 LLAVA, COMPILED, LIGER = "transformers Llava", "transformers Llava, torch.compile", "Liger's Llava"
 WITHOUT = "ours, without the token"
 
@@ -93,28 +101,9 @@ def llava_inputs(batch: Batch, config: AlignGPTConfig) -> dict[str, Any]:
 
 
 def by_liger(llava: LlavaForConditionalGeneration, run: Run) -> Run:
-    """What is run, with Liger's kernels in the model, and in transformers' modules until it returns."""
     from liger_kernel.transformers import apply_liger_kernel_to_llava
 
-    patched: dict[Any, dict[str, Any]] = {}
-    modules = (modeling_llama, modeling_llava)
-    before = {module: dict(vars(module)) for module in modules}
-    try:
-        apply_liger_kernel_to_llava(model=llava)
-    finally:
-        for module, names in before.items():
-            patched[module] = {name: value for name, value in vars(module).items() if value is not names.get(name)}
-            for name in patched[module]:
-                setattr(module, name, names[name])
-
-    def inside() -> Outputs:
-        with ExitStack() as stack:
-            for module, values in patched.items():
-                if values:
-                    stack.enter_context(mock.patch.multiple(module, **values))
-            return run()
-
-    return inside
+    return with_liger(lambda: apply_liger_kernel_to_llava(model=llava), (modeling_llama, modeling_llava), run)
 
 
 # ------------------------------------------------------------------------------------------------ forward
@@ -206,7 +195,7 @@ class Training(NamedTuple):
     step: Step  # packed
     padded: list[Batch]
     plain: list[PlainBatch]
-    expected: Outputs  # of Llava
+    expected: Outputs  # the loss, of batches of one sample; the rest of Llava
 
 
 def make_training(device: torch.device, size: LlavaSize, stage: Stage, dtype: torch.dtype) -> Training:
@@ -214,6 +203,7 @@ def make_training(device: torch.device, size: LlavaSize, stage: Stage, dtype: to
     with tempfile.TemporaryDirectory() as folder:
         data = without_token(Data.make(size, stage, Path(folder), size.global_batch))
         (step,) = (ready(loaded, device) for loaded in data.steps(device))
+        alone = [ready(loaded, device) for loaded in data.padded(1).steps(device)]
         (padded,) = (ready(loaded, device) for loaded in data.padded(size.per_device).steps(device))
         examples = data.examples()
     plain = [
@@ -221,8 +211,8 @@ def make_training(device: torch.device, size: LlavaSize, stage: Stage, dtype: to
         for start in range(0, len(examples), size.per_device)
     ]
     training = Training(size, config, step, padded.batches, plain, [])
-    expected = updated(training, llava_step(training)())
-    return training._replace(expected=expected)
+    _, *others = updated(training, llava_step(training)())
+    return training._replace(expected=[bench_step.mean_loss(size, config, alone), *others])
 
 
 def our_step(training: Training) -> Run:
@@ -257,33 +247,10 @@ def llava_step(training: Training, *, kind: str = LLAVA) -> Run:
     return by_liger(llava, run) if kind == LIGER else run
 
 
-def plain_run(training: Training) -> Run:
+def compiled_plain_run(training: Training) -> Run:
     """The plain loop of plain.py, its LLM compiled."""
-    model = bench_step.whole_model(training.size, training.config)
-    compile_llm(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=PLAIN_LR, weight_decay=0.0)
-
-    def run() -> Outputs:
-        result = plain_step(
-            model,
-            optimizer,
-            training.plain,
-            supervised_tokens=training.step.supervised_tokens,
-            clip_norm=training.config.optim.clip_norm,
-            autocast=training.config.precision == "bf16",
-        )
-        return [result, *trained]
-
-    return run
-
-
-def updated(training: Training, outputs: Outputs) -> Outputs:
-    """The loss, the gradient's norm and, in fp32, all trained weights in a row."""
-    (loss, norm), *weights = outputs
-    if training.config.precision != "fp32":
-        return [loss, norm]
-    return [loss, norm, torch.cat([sharding.whole(weight).flatten() for weight in weights])]
+    size, config, step, _, plain, expected = training
+    return bench_step.plain_run(Beside(size, config, step, plain, expected), compiles=True)
 
 
 def tokens_per_second(run: Run, training: Training, seconds: float) -> dict[str, Any]:
@@ -302,12 +269,11 @@ def step_case(size: LlavaSize, stage: Stage, dtype: torch.dtype) -> Case:
             LLAVA: contender(llava_step),
             COMPILED: contender(partial(llava_step, kind=COMPILED), gpu_only=True),
             LIGER: contender(partial(llava_step, kind=LIGER), gpu_only=True),
-            "plain loop, torch.compile": contender(plain_run, gpu_only=True),
+            "plain loop, torch.compile": contender(compiled_plain_run, gpu_only=True),
         },
         exact=lambda training: training.expected,
         plain=lambda training: training.expected,
-        # the largest weight is 1; AdamW's first update is the rate, as bench_step says
-        floors=(tolerance(dtype), tolerance(dtype) if dtype == torch.float32 else BF16_NORM, PLAIN_LR / 10),
+        floors=update_floors(dtype),
         bytes=0,
         flops=0,
         stage="training step",

@@ -7,13 +7,14 @@ compared is the hidden state of every token and, backward, the gradient of the e
 first layer and one of the last, all without padding. Exact, and plain, is the model on one sample after the other,
 eager.
 
-FLOPs are those of training/flops.py for the tokens that there are, padding not counted, so the share of the ceiling
-says what packing brings. Bytes are the weights once for each pass, embeddings, states and gradients.
+FLOPs are those of work.py for the tokens that there are, padding not counted, so the share of the ceiling
+says what packing brings. Bytes are the weights once for each pass, embeddings, states and gradients. What each layer is
+given of the samples' ends, and the mask of those that pad, is made in each call, as a model does it.
 """
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from transformers.models.llama import modeling_llama
 from aligngpt import attention
 from benchmarks import lengths, shapes
 from benchmarks.case import Absent, Case, Contender
+from benchmarks.liger import with_liger
 from benchmarks.measure import Outputs, Run
 
 
@@ -109,18 +111,18 @@ def packed_run(llm: Llm, model: nn.Module, backend: str | None = None) -> Run:
             raise Absent("it is the one that ours has here")
     ends = torch.tensor([0, *itertools.accumulate(llm.lengths)], dtype=torch.int32)
     places = torch.cat([torch.arange(length) for length in llm.lengths])[None].to(device)
-    kwargs = attention.layer_inputs(
-        ends,
-        max(llm.lengths),
-        len(llm.rows),
-        device=device,
-        dtype=llm.rows.dtype,
-        head_size=size,
-        seq_lengths=llm.lengths,
-        backend=backend,
-    )
 
     def run() -> Outputs:
+        kwargs = attention.layer_inputs(
+            ends,
+            max(llm.lengths),
+            len(llm.rows),
+            device=device,
+            dtype=llm.rows.dtype,
+            head_size=size,
+            seq_lengths=llm.lengths,
+            backend=backend,
+        )
         with attended(llm, model, attention.NAME):
             found = model(inputs_embeds=llm.rows[None], position_ids=places, use_cache=False, **kwargs)
             return results(llm, found.last_hidden_state[0], llm.upstream)
@@ -192,36 +194,16 @@ def padded_compiled(llm: Llm) -> Run:
 
 
 def liger(llm: Llm) -> Run:
-    """Liger replaces names in transformers' module: for its own calls alone here."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     llm, model = own_copy(llm)
-    names = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")
-    with named(modeling_llama, {name: getattr(modeling_llama, name) for name in names}):
+
+    def apply() -> None:
         apply_liger_kernel_to_llama(
             rope=True, cross_entropy=False, fused_linear_cross_entropy=False, rms_norm=True, swiglu=True, model=model
         )
-        theirs = {name: getattr(modeling_llama, name) for name in names}
-    call = padded_run(llm, model, "sdpa")
 
-    def run() -> Outputs:
-        with named(modeling_llama, theirs):
-            return call()
-
-    return run
-
-
-@contextmanager
-def named(module: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """The module's names have these values, and afterwards those from before."""
-    before = {name: getattr(module, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
+    return with_liger(apply, (modeling_llama,), padded_run(llm, model, "sdpa"))
 
 
 def one_by_one(llm: Llm, dtype: torch.dtype) -> Outputs:
@@ -259,7 +241,7 @@ def case(shape: Shape, dtype: torch.dtype, *, backward: bool, trained: bool = Tr
         plain=lambda llm: one_by_one(llm, llm.rows.dtype),
         bytes=dtype.itemsize * (passes * weights + (4 if backward else 2) * tokens * shape.width),
         flops=2 * passes * weights * tokens,
-        stage="backward" if backward else "LLM forward",
+        stage="LLM forward + backward" if backward else "LLM forward",
         items=tokens,
         unit="tokens",
         group=f"LLM {what}",

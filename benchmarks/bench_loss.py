@@ -147,8 +147,9 @@ def case(
         contenders=contenders,
         exact=exact,
         plain=full,
-        # the sum of so many losses, each from logits of the dtype: that eager's error is less may be luck
-        floors=(torch.finfo(dtype).eps / 2 * supervised**-0.5,),
+        # the sum in float32 of so many losses, each from logits of the dtype: that eager's error is less may be luck
+        floors=((torch.finfo(dtype).eps * supervised**-0.5 + torch.finfo(torch.float32).eps * supervised**0.5) / 2,),
+        terms=vocabulary,
         bytes=moved * dtype.itemsize,
         flops=2 * supervised * weight * (3 if trained else 2),
         stage="loss",

@@ -12,10 +12,13 @@ the run's metrics.jsonl says, and the micro-batches.
 On a GPU the model has the width of 7B. The quick case plans a run and does not run it.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -45,6 +48,7 @@ from training.plan_lines import of_step
 # Of the run's steps those between count: in the first ones the loader fills what it keeps in hand, in the last ones it
 # has nothing left to do, and neither is so in most of a long run.
 STEPS, WARM_UP, LAST = 36, 12, 8
+TIMEOUT = 300.0  # seconds of a run
 SMALL = Size(4, 4096, 192, 512, 3, 4, SMALL_TOWER, 8, STEPS * 8, 4, 2048, 8)
 
 
@@ -143,17 +147,44 @@ def start(stage: Stage, flags: list[str], processes: int) -> tuple[dict[str, Any
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
-    done = subprocess.run(
-        [*command, f"training/{stage}.py", *flags, "--data.decoder", "pil"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"the run ended with status {done.returncode}: {(done.stdout + done.stderr)[-300:]}")
+    status, output = ended([*command, f"training/{stage}.py", *flags, "--data.decoder", "pil"], environment)
+    if status:
+        raise RuntimeError(f"the run ended with status {status}: {output[-300:]}")
     file = Path(flags[flags.index("--run-dir") + 1]) / FILE
     return tuple(json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+
+
+def ended(command: list[str], environment: dict[str, str], timeout: float = TIMEOUT) -> tuple[int, str]:
+    """Status and output of a command, when it has ended; with what it started it ends after `timeout` seconds, or when
+    this process does.
+
+    Raises:
+        TimeoutExpired: it did not end by itself.
+    """
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=timeout)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()  # until nobody holds its output any more
+        raise
+    return process.returncode, said
+
+
+def end_with_parent() -> None:
+    """SIGTERM when the parent is gone, at which torchrun ends its processes and training itself."""
+    pr_set_pdeathsig = 1  # <sys/prctl.h>
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def planned_and_run(size: Size, stage: Stage, processes: int) -> Planned:

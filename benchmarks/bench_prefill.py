@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_generate import (
-    GPU,
     LARGE,
     LEAST,
     ONE_AT_A_TIME,
@@ -85,7 +84,6 @@ def case(work: Work, compiles: bool) -> Case:
         items=done.items,
         unit=done.unit,
         group="prefill",
-        memory=not GPU,  # there it is recorded together with what is kept
         sweep=("prompts", work.requests),
         input_bytes=weight_bytes(work) + 2 * cache_bytes(work),  # ours is kept while a peer has its own
         rounds=5,

@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.case import TOO_SMALL, Case, Contender, InTurns, compiled, our_impl, simple, with_grads
 from benchmarks.measure import Outputs
 from benchmarks.shapes import CPU_WIDTH, FEATURES, WIDTH, WIDTH_13B
+from benchmarks.work import projector_backward_flops, projector_flops
 
 SMALL_ROWS = 1152  # up to here the projector's dispatch and requirement differ
 
@@ -107,11 +108,11 @@ def case(
     if not backward:
         contenders["cuBLASLt epilogue (tanh)"] = simple(cublaslt, gpu_only=True)
         contenders["apex (tanh)"] = simple(apex, gpu_only=True)
-    weights, products = features * width + width**2 + 2 * width, 2 * rows * width * (features + width)
+    weights, products = features * width + width**2 + 2 * width, projector_flops(rows, features, width)
     moved = rows * (features + width) + weights
     if backward:  # read the upstream gradient, input and weights again, write the weights' gradients
         moved += rows * (features + width) + width**2 + weights
-        products += 2 * rows * width * (features + 2 * width)
+        products += projector_backward_flops(rows, features, width)
     size = "" if width == WIDTH else f" width={width}"
     return Case(
         name=f"projector {'forward + backward' if backward else 'forward'} M={rows}{size}",
@@ -121,6 +122,7 @@ def case(
         plain=lambda p: outputs(eager, p),
         bytes=moved * dtype.itemsize,
         flops=products,
+        terms=rows if backward else width,
         stage="projector",
         items=rows,
         unit="image rows",

@@ -7,8 +7,9 @@ CPU. All contenders of a case do the same samples and count as wrong unless thei
     lengths     an epoch of instruction tuning, packed; padded to the longest of each micro-batch in plain order; padded
                 in LLaVA's order, in which a global batch has one modality and is sorted by length. The rate is 0, so
                 that every epoch has the same loss. Useful tokens are as many in each, so times compare as tokens/s do
-    plain       a step of each of the stages, beside the same model in a plain padded loop (plain.py). After a step
-                the weights must be the same too
+    plain       a step of each of the stages, beside the same model in a plain padded loop (plain.py). The loss must be
+                that of the samples one by one, the gradient's norm that of the plain loop and, in fp32, the weights
+                after the step too
     MFU         a step at the shapes of 7B, one micro-batch of the preset's token budget and as many layers as fit, for
                 each way of checkpointing. FLOPs as training/plan.py counts them. With it the step by stage
     stages      a step by stage as it runs in training, its data read, decoded and packed by the loader, its result
@@ -40,7 +41,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from aligngpt import attention
@@ -52,7 +52,7 @@ from aligngpt.stages import stage as marked
 from benchmarks import lengths, shapes, stages, work
 from benchmarks.case import Case, Contender, free
 from benchmarks.measure import Outputs, Run
-from benchmarks.plain import PlainBatch, plain_batch
+from benchmarks.plain import PlainBatch, compile_llm, plain_batch
 from benchmarks.plain import step as plain_step
 from training import loop, optim, plan, sharding
 from training.checkpoints import Checkpoints
@@ -214,11 +214,8 @@ def train_step(
     """An optimizer step of training/loop.py; its loss and the norm of its gradient. (2,)"""
     world = world_of_one()
     sums = loop.forward_and_backward(model, step, config, world)
-    with marked("gradient norm"):
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        norm = sharding.whole(get_total_norm([parameter.grad for parameter in trained])).item()
-        (means,) = sums.reduce(world)
-        clip_grads_with_norm_(trained, config.optim.clip_norm, torch.tensor(norm, device=world.device))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    means, norm = loop.reduce_and_clip(trained, sums, config, world)
     with marked("optimizer"):
         optimizer.step()
         optimizer.zero_grad()
@@ -381,6 +378,7 @@ def lengths_case(size: Size, dtype: torch.dtype) -> Case:
 # AdamW's first update is the rate, whatever the gradient. Where that is hardly above the epsilon, a tenth of the rate
 # is a fair error.
 PLAIN_LR = 1e-3
+BF16_NORM = 0.05  # relative: by how much two ways of rounding may put the norm apart
 
 
 class Beside(NamedTuple):
@@ -388,7 +386,7 @@ class Beside(NamedTuple):
     config: TrainConfig
     step: Step
     plain: list[PlainBatch]
-    expected: Outputs  # of the plain loop
+    expected: Outputs  # the loss, of batches of one sample; the rest of the plain loop
 
 
 def make_beside(device: torch.device, size: Size, stage: Stage, dtype: torch.dtype) -> Beside:
@@ -396,19 +394,22 @@ def make_beside(device: torch.device, size: Size, stage: Stage, dtype: torch.dty
     with tempfile.TemporaryDirectory() as folder:
         data = Data.make(size, stage, Path(folder), size.global_batch)
         (step,) = (ready(loaded, device) for loaded in data.steps(device))
+        alone = [ready(loaded, device) for loaded in data.padded(1).steps(device)]
         examples = data.examples()
     batches = [
         plain_batch(examples[start : start + size.per_device], size.config()).to(device)
         for start in range(0, len(examples), size.per_device)
     ]
     beside = Beside(size, config, step, batches, [])
-    expected = updated(beside, plain_run(beside)())
+    _, *others = updated(beside, plain_run(beside)())
     free(device)
-    return beside._replace(expected=expected)
+    return beside._replace(expected=[mean_loss(size, config, alone), *others])
 
 
-def plain_run(beside: Beside) -> Run:
+def plain_run(beside: Beside, *, compiles: bool = False) -> Run:
     model = whole_model(beside.size, beside.config)
+    if compiles:
+        compile_llm(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=PLAIN_LR, weight_decay=0.0)
     supervised, autocast = beside.step.supervised_tokens, beside.config.precision == "bf16"
@@ -434,12 +435,17 @@ def our_run(beside: Beside) -> Run:
     return lambda: [train_step(model, optimizer, beside.step, beside.config), *trained]
 
 
-def updated(beside: Beside, outputs: Outputs) -> Outputs:
-    """The loss and, in fp32, the gradient's norm and all trained weights in a row."""
+def updated(inputs: Any, outputs: Outputs) -> Outputs:
+    """The loss, the gradient's norm and, in fp32, all trained weights in a row."""
     (loss, norm), *weights = outputs
-    if beside.config.precision != "fp32":
-        return [loss]
+    if inputs.config.precision != "fp32":
+        return [loss, norm]
     return [loss, norm, torch.cat([sharding.whole(weight).flatten() for weight in weights])]
+
+
+def update_floors(dtype: torch.dtype) -> tuple[float, ...]:
+    """Of what `updated` gives; the largest weight is 1."""
+    return tolerance(dtype), 1e-5 if dtype == torch.float32 else BF16_NORM, PLAIN_LR / 10
 
 
 def plain_case(size: Size, stage: Stage, dtype: torch.dtype) -> Case:
@@ -449,7 +455,7 @@ def plain_case(size: Size, stage: Stage, dtype: torch.dtype) -> Case:
         contenders={"ours": Contender(our_run, updated), "plain loop": Contender(plain_run, updated)},
         exact=lambda beside: beside.expected,
         plain=lambda beside: beside.expected,
-        floors=(tolerance(dtype), 1e-5, PLAIN_LR / 10),  # the largest weight is 1
+        floors=update_floors(dtype),
         bytes=0,
         flops=0,
         stage="training step",

@@ -2,7 +2,7 @@
 
 Features are the hidden states after the last layer but one. Ours, like LLaVA's, runs the tower whole; who leaves out
 the last layer, of which nothing is used, is a contender of its own. Bytes are weights, pixels and features once; FLOPs
-those of training/flops.py, without attention scores.
+those of work.py.
 """
 
 import copy
@@ -17,6 +17,7 @@ from benchmarks import shapes
 from benchmarks.bench_step import LLAMA_7B, MICRO_TOWER, Size
 from benchmarks.case import Case, Contender
 from benchmarks.measure import Outputs, Run
+from benchmarks.work import tower_flops
 
 CLIP = LLAMA_7B._replace(vocabulary=64, width=64, mlp=64, layers=1, heads=2)  # the tower has no use for the LLM
 ON_CPU = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
@@ -72,8 +73,8 @@ def eager(tower: Tower, dtype: torch.dtype | None = None) -> Outputs:
 def case(size: Size, images: int, dtype: torch.dtype) -> Case:
     width, mlp, layers = (size.tower[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     patches, pixels = (size.image_size // size.patch) ** 2, 3 * size.image_size**2
-    of_layers, of_patches = layers * (4 * width**2 + 2 * width * mlp), 3 * size.patch**2 * width
-    elements = of_layers + of_patches + images * (pixels + patches * width)
+    weights = layers * (4 * width**2 + 2 * width * mlp) + 3 * size.patch**2 * width
+    elements = weights + images * (pixels + patches * width)
     return Case(
         name=f"vision tower, {layers} layers, {images} images",
         make=lambda device: make(device, size, images, dtype),
@@ -87,7 +88,7 @@ def case(size: Size, images: int, dtype: torch.dtype) -> Case:
         exact=lambda tower: eager(tower, torch.float64),
         plain=lambda tower: eager(tower, tower.pixels.dtype),
         bytes=dtype.itemsize * elements,
-        flops=2 * images * ((patches + 1) * of_layers + patches * of_patches),
+        flops=tower_flops(images, patches, patch=size.patch, width=width, mlp=mlp, layers=layers),
         stage="vision tower",
         items=images,
         unit="images",

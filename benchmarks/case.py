@@ -78,6 +78,7 @@ class Case:
     group: str = ""  # requirements and tests select cases by it
     sweep: tuple[str, float] | None = None  # what grows from case to case and how much of it this one has
     floors: Sequence[float] = ()  # see measure.compare
+    terms: int = 0  # see measure.compare: a peer may add so many numbers one by one; ours may not
     equal: bool = False  # whether results must be exact: rows are copied, nothing is computed
     dispatch: tuple[str, str, tuple[str, ...]] | None = None  # key of measured.json, our contender, what it replaces
     clock: Clock = "device"  # "host" where the host does much of a call: see measure
@@ -152,8 +153,8 @@ def check(case: Case, name: str, inputs: Any, run: Run, plain: Outputs, exact: O
     outputs, finish = run(), case.contenders[name].finish
     if finish is not None:
         outputs = finish(inputs, outputs)
-    factor = OURS_FACTOR if name.startswith("ours") else PEER_FACTOR
-    error, wrong = compare(outputs, plain, exact, factor, case.floors, case.equal)
+    factor, terms = (OURS_FACTOR, 0) if name.startswith("ours") else (PEER_FACTOR, case.terms)
+    error, wrong = compare(outputs, plain, exact, factor, case.floors, case.equal, terms)
     return {"error_in_plain_errors": round(error, 3)} if wrong is None else {"wrong": wrong}
 
 

@@ -297,13 +297,15 @@ def compare(
     factor: float,
     floors: Sequence[float] = (),
     equal: bool = False,
+    terms: int = 0,
 ) -> tuple[float, str | None]:
     """The largest error in units of the plain path's, and None or a sentence saying which output is wrong.
 
     An output may be `factor` times as far from `exact` (float64) as `plain` is, and never has to be nearer than half a
     unit in the last place of the largest number, or `floors[i]` times that number. Where an output is FEW numbers, that
-    the plain path is near all of them may be luck: it counts as no nearer, relatively, than in its worst output. With
-    `equal` every output must be `exact`.
+    the plain path is near all of them may be luck: it counts as no nearer, relatively, than in its worst output. Where
+    a result is the sum of `terms` numbers, they may have been added one by one in float32, whose roundings make about
+    half a unit in the last place times the root of their number. With `equal` every output must be `exact`.
     """
     if len(got) != len(exact):
         return math.inf, f"{len(got)} results instead of {len(exact)}"
@@ -325,7 +327,8 @@ def compare(
             floor = max(floor, floors[index] * size)
         elif e.numel() < FEW:
             plain_error = max(plain_error, relative * size)
-        if not error <= factor * plain_error + floor:  # NaN too
+        one_by_one = torch.finfo(torch.float32).eps / 2 * terms**0.5 * size
+        if not error <= factor * plain_error + max(floor, one_by_one):  # NaN too
             return math.inf, (
                 f"result {index} is off by {error:.3g}; {factor:g} × the plain path's {plain_error:.3g} is allowed"
             )

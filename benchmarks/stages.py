@@ -22,15 +22,18 @@ from aligngpt.stages import Stopwatch, listening
 from benchmarks.measure import allocations, synchronize, syncs_counted, timing
 
 TABLE = {
+    "data set": "bench_data",
     "read + decode": "bench_images",
     "vision tower": "bench_tower",
     "projector": "bench_projector",
     "gate": "bench_gate",
     "injection": "bench_injection",
     "projector + gate + injection": "bench_chain",
+    "tower to injection": "bench_scaling",
     "LLM forward": "bench_llm",
     "loss": "bench_loss",
-    "backward": "bench_llm",
+    "LLM forward + backward": "bench_llm",
+    "backward": "bench_step",
     "optimizer": "bench_optimizer",
     "checkpoint": "bench_checkpoint",
     "prefill": "bench_prefill",

@@ -1,9 +1,13 @@
-"""What the stages of a training step have to do: items, bytes and FLOPs of each, counted from model and batches.
+"""What a stage has to do: items, bytes and FLOPs, by which all files of benchmarks count.
 
-FLOPs are those of training/flops.py, one stage at a time: 2 per weight and row forward, 2 backward for the gradient of
-the rows where it is wanted and 2 for that of a trained weight; none for attention scores, recomputation and looking up
-rows. Their sum without gate and optimizer, which are left out there, is its `count_flops`. On a GPU the loss makes its
-gradients in its forward pass, which is where their FLOPs and bytes then are.
+FLOPs are 2 per weight and row forward, 2 backward for the gradient of the rows where it is wanted and 2 for that of a
+trained weight; none for attention scores, recomputation and looking up rows. The tower counts whole, as it runs. That
+is as training/flops.py counts, one stage at a time, but that MFU is by 6 per trained weight: here the projector's first
+layer, which passes no gradient on to the frozen tower, has 4. So their sum without gate and optimizer, which are left
+out there, is `count_flops` less 2 per weight of that layer and row. On a GPU the loss makes its gradients in its
+forward pass, which is where their FLOPs and bytes then are.
+
+Of a training step `of_training` counts from model and batches.
 
 Bytes are the least that a stage can do with: its weights once for each micro-batch, its inputs and its outputs, in the
 type that they are computed in. Activations that are kept between forward and backward are not in it, so the share of
@@ -27,6 +31,7 @@ from torch import nn
 
 from aligngpt.batch import Batch
 from aligngpt.model import AlignGPTForConditionalGeneration
+from benchmarks import shapes
 from benchmarks.stages import StageWork
 
 ADAMW_BYTES = 28  # a weight: it, its gradient and two moments are read, all but the gradient written, in fp32
@@ -56,7 +61,7 @@ def of_training(
     tower_rows = images * (patches + (config.vision_feature_select_strategy == "default"))
 
     tower = per_row(inner.vision_tower, nn.Linear) * tower_rows + per_row(inner.vision_tower, nn.Conv2d) * rows
-    projector, llm = (per_row(part, nn.Linear) for part in (inner.multi_modal_projector, inner.language_model))
+    llm = per_row(inner.language_model, nn.Linear)
     llm_bytes = each * llm * passes
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     trained_head = head.numel() if head.requires_grad else 0
@@ -67,7 +72,7 @@ def of_training(
     head_gradient_bytes = each * supervised * width + FP32_BYTES * trained_head
     backward_flops = tokens * (2 * llm + 2 * per_row(inner.language_model, nn.Linear, trained=True))
     if inner.multi_modal_projector.linear_1.weight.requires_grad:
-        backward_flops += 4 * rows * projector
+        backward_flops += projector_backward_flops(rows, features, width)
     backward_bytes = llm_bytes + each * tokens * width + FP32_BYTES * trained
     if fused_loss:
         loss_flops, loss_bytes = loss_flops + head_gradients, loss_bytes + head_gradient_bytes
@@ -77,10 +82,10 @@ def of_training(
 
     if batches[0].align_levels is None:
         gate = sum(parameter.numel() for parameter in inner.align_gate.parameters())
-        gate_flops = width * (words + 2 * rows) + 2 * samples * (gate + levels * width)
+        mean_and_mix = text_mean_flops(words, width) + align_gate_flops(rows, samples, width, gate, levels)
         gate_bytes = each * (width * (words + rows + levels + samples) + gate * passes)
     else:
-        gate_flops, gate_bytes = 0, each * 2 * samples * width
+        mean_and_mix, gate_bytes = 0, each * 2 * samples * width
 
     pixels = sum(batch.pixel_values.nbytes for batch in batches)
     work = {
@@ -91,9 +96,9 @@ def of_training(
             rows,
             "image rows",
             each * (elements(inner.multi_modal_projector) * passes + (features + width) * rows),
-            2 * projector * rows,
+            projector_flops(rows, features, width),
         ),
-        "gate": StageWork(samples, "samples", gate_bytes, gate_flops),
+        "gate": StageWork(samples, "samples", gate_bytes, mean_and_mix),
         "injection": StageWork(tokens, "tokens", each * 2 * tokens * width, 0),
         "LLM forward": StageWork(tokens, "tokens", llm_bytes + each * 2 * tokens * width, 2 * tokens * llm),
         "loss": StageWork(supervised, "supervised tokens", loss_bytes, loss_flops),
@@ -103,6 +108,41 @@ def of_training(
     if saved_bytes is not None:
         work["checkpoint"] = StageWork(saved_bytes, "bytes", 2 * saved_bytes, 0)
     return work
+
+
+def tower_flops(images: int, patches: int, *, patch: int, width: int, mlp: int, layers: int) -> int:
+    """Of a CLIP tower's forward pass, with a row for CLS."""
+    of_layers, of_patches = layers * (4 * width**2 + 2 * width * mlp), 3 * patch**2 * width
+    return 2 * images * ((patches + 1) * of_layers + patches * of_patches)
+
+
+def projector_flops(rows: int, features: int, width: int) -> int:
+    return 2 * rows * width * (features + width)
+
+
+def projector_backward_flops(rows: int, features: int, width: int) -> int:
+    """Trained, of frozen features: gradients of both weights and of what is between them."""
+    return 2 * rows * width * (features + 2 * width)
+
+
+def text_mean_flops(words: int, width: int) -> int:
+    """Forward; backward, where each word's row gets its share, as many."""
+    return words * width
+
+
+def gate_weights(rows: int) -> int:
+    """Of the gate that each image's rows go through."""
+    return shapes.GATE_HIDDEN * (rows + 1) + (shapes.LEVELS - 1) * (shapes.GATE_HIDDEN + 1)
+
+
+def align_gate_flops(rows: int, samples: int, width: int, weights: int, levels: int) -> int:
+    """Forward: dots of the image rows, the gate's weights, the mix of so many levels."""
+    return 2 * rows * width + 2 * samples * (weights + levels * width)
+
+
+def align_gate_backward_flops(rows: int, samples: int, width: int, weights: int, levels: int) -> int:
+    """Gradients of image rows, text means and the gate's weights; the table is frozen."""
+    return 4 * rows * width + 2 * samples * (2 * weights + levels * width)
 
 
 def elements(module: nn.Module) -> int:

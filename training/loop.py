@@ -10,11 +10,11 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -194,11 +194,9 @@ def run_steps(run: Run, steps: Iterable[tuple[int, Step]]) -> None:
         optim.set_rate(optimizer, optim.rate(number, run.total_steps, config.optim.warmup_ratio))
 
         sums = forward_and_backward(model, step, config, world)
-        with stage("gradient norm"):
-            norm = sharding.whole(get_total_norm([parameter.grad for parameter in trained])).item()
-            means, norms, stops, failed = sums.reduce(world, norm, run.stop.requested, run.saves.failed())
-            norm = norms / world.size  # copies of the weights may sum theirs in other orders, and must clip alike
-            clip_grads_with_norm_(trained, config.optim.clip_norm, torch.tensor(norm, device=world.device))
+        means, norm, stops, failed = reduce_and_clip(
+            trained, sums, config, world, lambda: (run.stop.requested, run.saves.failed())
+        )
 
         run.saves.wait_staged()  # a save still reads the weights
         ids = [id for batch in step.batches for id in batch.ids]
@@ -258,6 +256,23 @@ def forward_and_backward(
             output.loss.backward()
         sums.add(batch, output)
     return sums
+
+
+def reduce_and_clip(
+    trained: Sequence[Any],  # the weights that train
+    sums: StepSums,
+    config: TrainConfig,
+    world: World,
+    more: Callable[[], tuple[float, ...]] = tuple,
+) -> tuple[Any, ...]:
+    """Clip a step's gradient. The step's means over all processes, the norm before, and the sums of `more`, which is
+    asked when the host has waited for the gradient."""
+    with stage("gradient norm"):
+        norm = sharding.whole(get_total_norm([parameter.grad for parameter in trained])).item()
+        means, norms, *added = sums.reduce(world, norm, *more())
+        norm = norms / world.size  # copies of the weights may sum theirs in other orders, and must clip alike
+        clip_grads_with_norm_(trained, config.optim.clip_norm, torch.tensor(norm, device=world.device))
+    return means, norm, *added
 
 
 def read_steps(

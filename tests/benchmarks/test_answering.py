@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import bench_evaluation, bench_generate, bench_images, bench_prefill, bench_sampling
 from benchmarks.bench_generate import LEAST, MICRO, batch, contender, stages_case
-from benchmarks.case import Case, Contender, check, run_case
+from benchmarks.case import Case, Contender, check
 from training.dali_pipeline import why_not_dali
 
 CPU = torch.device("cpu")
@@ -179,11 +179,10 @@ def test_dali_leads_where_it_is():
 
 
 def test_stages_of_an_answer_add_up():
-    (found,) = run_case(stages_case(LEAST._replace(requests=2)), CPU, seconds=0).values()
-    assert "wrong" not in found
-    if "stages" not in found:
-        assert "noisy" in found
-        return
+    case = stages_case(LEAST._replace(requests=2))
+    asked, ours = case.make(CPU), case.contenders["ours"]
+    found = ours.details(ours.prepare(asked), asked, 1.0)
+    assert found["peak_bytes"] > found["kept_bytes"] > bench_generate.cache_bytes(LEAST._replace(requests=2))
     names = [row["stage"] for row in found["stages"]]
     assert names == list(bench_generate.stage_work(LEAST, 1))
     rows = {row["stage"]: row for row in found["stages"]}
@@ -192,14 +191,14 @@ def test_stages_of_an_answer_add_up():
     assert rows["vision tower"]["items"] == 2
     assert {"engine step"} < found["rest"].keys()
     parts = sum(row["us"] for row in found["stages"]) + sum(found["rest"].values())
-    assert parts > 0.2 * found["whole_us"]
+    assert 0.4 < parts / found["whole_us"] < 2.5
 
 
 def test_work_of_a_7b_prompt():
-    """2 FLOPs a weight and token, and the tower's 576 patches of CLIP ViT-L/14: about 0.38 TFLOP a picture."""
+    """2 FLOPs a weight and token, and the tower's 576 patches of CLIP ViT-L/14: about 0.35 TFLOP a picture."""
     work = bench_generate.LARGE
     parts = bench_generate.stage_work(work, 1)
-    assert parts["vision tower"].flops == pytest.approx(0.37e12, rel=0.05)
+    assert parts["vision tower"].flops == pytest.approx(2 * 577 * 302.6e6, rel=0.005)
     assert parts["LLM forward"].flops == pytest.approx(2 * 6.476e9 * 704, rel=0.03)
     assert parts["decode step"].bytes / 127 == pytest.approx(13.2e9 + 768 * 2 * 32 * 4096 * 2, rel=0.01)
     assert bench_generate.prefill_work(work).flops == pytest.approx(9.6e12, rel=0.03)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
-from benchmarks import bench_llava, lengths, plain
+from benchmarks import bench_step, lengths, plain
 from benchmarks.bench_llava import COMPILED, LIGER, LLAVA, LLAVA_MICRO, WITHOUT, cost_case, forward_case, step_case
 from benchmarks.bench_step import leave_world
 from benchmarks.case import Case, check
@@ -75,7 +75,7 @@ def test_all_give_the_same_logits(liger):
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_all_take_the_same_step(stage, liger, monkeypatch):
-    monkeypatch.setattr(bench_llava, "compile_llm", lambda model: None)
+    monkeypatch.setattr(bench_step, "compile_llm", lambda model: None)
     found = checked(step_case(LLAVA_MICRO, stage, torch.float32))
     assert set(found) == {"ours", LLAVA, LIGER, PLAIN}
     assert not any("wrong" in record for record in found.values()), found
@@ -86,7 +86,7 @@ def test_who_is_wrong_is_named(liger, monkeypatch):
     """Liger's attention, and a loop that does not clip; neither is in the others' way."""
     liger.factor = 1.01
     monkeypatch.setattr(plain, "clip_grad_norm_", lambda parameters, norm: torch.tensor(1.0))
-    monkeypatch.setattr(bench_llava, "compile_llm", lambda model: None)
+    monkeypatch.setattr(bench_step, "compile_llm", lambda model: None)
     found = checked(step_case(LLAVA_MICRO, "finetune", torch.float32))
     assert "wrong" not in found["ours"]
     assert "wrong" not in found[LLAVA]

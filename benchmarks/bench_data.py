@@ -333,8 +333,8 @@ def full_cases() -> list[Case]:
 
 
 def small_cases() -> list[Case]:
-    few = (50, 100)
-    return data_cases(Counts(few, few, (500, 1000), few, few, few, (1, 10)))
+    few = (100,)
+    return data_cases(Counts(few, few, (1000,), few, few, few, (10,)))
 
 
 def test_data(in_turns: Callable[[Case], None], case: Case) -> None:

@@ -1,6 +1,7 @@
 """`aligngpt eval`: answers are `generate`'s, asked for once whatever ends the run, and what is wrong is named."""
 
 import copy
+import gc
 import json
 import os
 import shutil
@@ -112,6 +113,9 @@ def forked(size: int, folder: Path, work: Callable[[int], int]) -> tuple[list[in
         except SystemExit as stop:
             return int(stop.code or 0)
 
+    # What tests before this one left is freed here: its threads, which are not in the children, may have to help.
+    gc.collect()
+    gc.freeze()
     children = []
     for rank in range(size):
         if child := os.fork():
@@ -124,6 +128,7 @@ def forked(size: int, folder: Path, work: Callable[[int], int]) -> tuple[list[in
             sys.stdout.flush()
             os._exit(status)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    gc.unfreeze()
     return statuses, [(folder / f"{rank}.txt").read_text() for rank in range(size)]
 
 

@@ -39,16 +39,7 @@ from benchmarks.readings import REFERENCE, RESULTS, Content, load, our_name, rea
 from benchmarks.results import Results, commit, device_name, write_json
 from benchmarks.stages import TABLE
 
-STAGES = (
-    "projector",
-    "gate",
-    "injection",
-    "projector + gate + injection",
-    "loss",
-    "optimizer",
-    "decode step",
-    "sampling",
-)
+STAGES = ("injection", "optimizer")  # whose peers are timed in a minute; others take that for compiling alone
 SHORT_US = 100e3  # a call of ours, for enough rounds in a second
 STEADY = 0.05  # of the median, from it to the farthest sitting
 LEAST = 0.9  # of the recorded ratio
@@ -81,11 +72,16 @@ def candidates(device: torch.device) -> list[Case]:
     files: list[Any] = [importlib.import_module(f"benchmarks.{name}") for name in dict.fromkeys(map(TABLE.get, STAGES))]
     if device.type == "cuda":
         return [case for file in files for case in file.cases()]
-    return [_without_reference(case) for file in files for case in file.cpu_cases()]
+    return [_with_quick_peers(case) for file in files for case in file.cpu_cases()]
 
 
-def _without_reference(case: Case) -> Case:
-    others = {name: contender for name, contender in case.contenders.items() if name != REFERENCE}
+def _with_quick_peers(case: Case) -> Case:
+    """Without what is ours on a CPU, and what compiles for longer than all others are timed."""
+    others = {
+        name: contender
+        for name, contender in case.contenders.items()
+        if name != REFERENCE and "torch.compile" not in name
+    }
     return dataclasses.replace(case, contenders=others)
 
 

@@ -95,7 +95,7 @@ def in_turns(benchmark: Any, top: Ceilings, request: pytest.FixtureRequest) -> I
 
     def run(case: Case) -> dict[str, dict[str, Any]]:
         timings: dict[str, Timing] = {}
-        seconds = 0.05 if request.config.getoption("quick") else 0.5
+        seconds = 0.05 if request.config.getoption("quick") else 0.3
         results = run_case(case, DEVICE, top, seconds=seconds, timings=timings)
         about = ("stage", "group", "items", "unit", "sweep", "bytes", "flops", "clock")
         record = {name: getattr(case, name) for name in about} | {"ceilings": top._asdict(), "contenders": results}

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from benchmarks.bench_optimizer import Shapes, weights_of
 from benchmarks.bench_step import Folder, world_of_one
 from benchmarks.case import Case, Contender
-from benchmarks.measure import Outputs, synchronize
+from benchmarks.measure import Outputs, count_syncs, synchronize
 from training import checkpoints, optim
 from training.checkpoints import Checkpoints
 from training.config import OptimConfig, TrainConfig
@@ -93,7 +93,7 @@ class Saving:
             synchronize(device)
             held.append(time.perf_counter() - started)
             self.finish()
-        return {"held_us": round(1e6 * statistics.median(held), 1)}
+        return {"held_us": round(1e6 * statistics.median(held), 1), "syncs": count_syncs(self, device)}
 
 
 # ------------------------------------------------------------------------------------------------ who saves, and reads
@@ -190,12 +190,12 @@ def case(of: Shapes) -> Case:
         exact=lambda state: locals_of(state.tensors()),
         plain=lambda state: locals_of(state.tensors()),
         bytes=2 * saved,
-        flops=0,
         stage="checkpoint",
         clock="host",
         items=saved,
         unit="bytes",
         group="checkpoint",
+        memory=True,
         equal=True,
         one_copy=True,
         rounds=5,

@@ -66,8 +66,6 @@ def data_case(
         plain=exact,
         floors=floors,
         equal=not floors,
-        bytes=0,
-        flops=0,
         stage="data set",
         clock="host",
         items=items or records,

@@ -46,6 +46,7 @@ from benchmarks.bench_generate import (
     plain_lacking,
     shortfall,
     twin,
+    whole_work,
 )
 from benchmarks.bench_images import photo
 from benchmarks.bench_step import LLAMA_7B, Size
@@ -203,9 +204,19 @@ def memory(run: Run, field: Field, seconds: float, *, name: str) -> dict[str, An
     return {"kept_bytes": kept, "peak_bytes": kept + peak_bytes(run, field.model.device)}
 
 
-def equal_answers(run: Run, field: Field, seconds: float) -> dict[str, Any]:
-    """Memory, waits for the device, and how many answers are those of the peer."""
+def done(field: Field, size: Size, rows: int) -> dict[str, Any]:
+    """Work of all answers, so many at a time. All prompts are equally long."""
+    prompt = inputs_of(field.questions[0], field)["input_ids"].shape[1]
+    text = prompt - lengths.IMAGE_ROWS // size.scale
+    of_rows = whole_work(Work(size, text, NEW, rows, pictures=True, dtype=field.model.dtype))
+    times = len(field.questions) / rows
+    return {"bytes": int(times * of_rows.bytes), "flops": int(times * of_rows.flops)}
+
+
+def equal_answers(run: Run, field: Field, seconds: float, *, size: Size, rows: int) -> dict[str, Any]:
+    """Memory, waits for the device, what there is to do, and how many answers are those of the peer."""
     found = memory(run, field, seconds, name="ours") | {"syncs": count_syncs(run, field.model.device)}
+    found |= done(field, size, rows)
     if {"ours", ONE_AT_A_TIME} <= field.said.keys():
         mine, other = field.said["ours"], field.said[ONE_AT_A_TIME]
         found |= {"equal_answers": sum(mine[key] == other[key] for key in mine), "questions": len(mine)}
@@ -220,13 +231,11 @@ def case(size: Size, dtype: torch.dtype, questions: int, rows: int, rounds: int)
         name=f"evaluation: {questions} questions in POPE's form, {rows} at a time",
         make=partial(make, size=size, dtype=dtype, questions=questions, rows=rows),
         contenders={
-            "ours": Contender(ours, finish, details=equal_answers),
+            "ours": Contender(ours, finish, details=partial(equal_answers, size=size, rows=rows)),
             ONE_AT_A_TIME: Contender(one_at_a_time, finish, details=partial(memory, name=ONE_AT_A_TIME)),
         },
         exact=exact_answers if is_exact else lambda field: none_lacking(asked(field, size)),
         plain=(lambda field: []) if is_exact else lambda field: plain_lacking(asked(field, size)),
-        bytes=0,
-        flops=0,
         stage="evaluation",
         clock="host",
         items=questions,

@@ -438,7 +438,7 @@ def stage_work(work: Work, sampled: int) -> dict[str, StageWork]:
         "vision tower": StageWork(
             images,
             "images",
-            tower * item + images * 3 * size.image_size**2 * 4,
+            work.pictures * tower * item + images * 3 * size.image_size**2 * 4,
             tower_flops(
                 images,
                 work.rows_per_image,
@@ -451,7 +451,7 @@ def stage_work(work: Work, sampled: int) -> dict[str, StageWork]:
         "projector": StageWork(
             rows,
             "image rows",
-            (projector_weights(size) + rows * (size.tower["hidden_size"] + size.width)) * item,
+            (work.pictures * projector_weights(size) + rows * (size.tower["hidden_size"] + size.width)) * item,
             projector_flops(rows, size.tower["hidden_size"], size.width),
         ),
         "gate": StageWork(
@@ -474,21 +474,27 @@ def stage_work(work: Work, sampled: int) -> dict[str, StageWork]:
     }
 
 
+def whole_work(work: Work) -> StageWork:
+    """From prompts to the last token, all prompts at once."""
+    parts = stage_work(work, work.requests * work.new).values()
+    return StageWork(work.requests * work.new, "tokens", sum(p.bytes for p in parts), sum(p.flops for p in parts))
+
+
 def prefill_work(work: Work) -> StageWork:
-    """From prompts to their first tokens."""
-    parts = stage_work(work._replace(new=1), work.requests).values()
-    return StageWork(sum(work.prompts), "tokens", sum(p.bytes for p in parts), sum(p.flops for p in parts))
+    """From prompts to their first tokens; items are the prompts' tokens."""
+    return whole_work(work._replace(new=1))._replace(items=sum(work.prompts))
 
 
 def case(name: str, work: Work, contenders: dict[str, Contender], rounds: int) -> Case:
+    done = whole_work(work)
     return Case(
         name=f"generate {name}: {work.requests} x {work.prompt} tokens, {work.new} new",
         make=partial(make, work=work),
         contenders=contenders,
         exact=none_lacking,
         plain=plain_lacking,
-        bytes=weight_bytes(work) * work.new,
-        flops=0,
+        bytes=int(done.bytes),
+        flops=int(done.flops),
         stage="answering",
         items=work.requests,
         unit="answers",

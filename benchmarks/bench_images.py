@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ from aligngpt.data.records import RecordList
 from aligngpt.processor import AlignGPTImageProcessor, AlignGPTProcessor
 from aligngpt.text import Turn
 from benchmarks.case import OURS_FACTOR, Case, Contender
-from benchmarks.measure import Outputs, Run
+from benchmarks.measure import Outputs, Run, count_syncs
 from training.dali_pipeline import why_not_dali
 from training.loader import Cut, Part, Samples, micro_batches
 
@@ -186,9 +187,13 @@ def _bounds(largest: float, mean: float, files: Files) -> Outputs:
     return [torch.tensor(value, dtype=torch.float64) for value in (largest, mean, 0.0, len(files.paths))]
 
 
+def waits(run: Run, files: Files, seconds: float) -> dict[str, Any]:
+    return {"syncs": count_syncs(run, files.device)}
+
+
 def case(aspect: str, size: int, batch: int, batches: int) -> Case:
     exactly, nearly = partial(apart, to_the_bit=True), partial(apart, to_the_bit=False)
-    with_dali = Contender(partial(read_by, partial(by_ours, dali=True)), nearly)
+    with_dali = Contender(partial(read_by, partial(by_ours, dali=True)), nearly, details=waits)
     why_not = why_not_dali()
     images = batches * batch
     return Case(
@@ -196,19 +201,19 @@ def case(aspect: str, size: int, batch: int, batches: int) -> Case:
         make=partial(make, aspect=aspect, size=size, batch=batch, batches=batches),
         contenders=({BY_DALI: with_dali} if why_not is None else {})
         | {
-            BY_PIL: Contender(partial(read_by, partial(by_ours, dali=False)), exactly),
-            PEER: Contender(partial(read_by, by_peer), exactly),
+            BY_PIL: Contender(partial(read_by, partial(by_ours, dali=False)), exactly, details=waits),
+            PEER: Contender(partial(read_by, by_peer), exactly, details=waits),
         },
         absent={} if why_not is None else {BY_DALI: why_not},
         exact=none_apart,
         plain=allowed_apart,
         bytes=images * 3 * size**2 * 4,
-        flops=0,
         stage="read + decode",
         clock="host",
         items=images,
         unit="images",
         group=f"images {aspect}",
+        memory=True,
         rounds=3,
         trains=True,
         one_copy=True,

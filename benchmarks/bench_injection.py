@@ -177,7 +177,6 @@ def case(
         exact=exact,
         plain=exact,
         bytes=2 * moved * width * dtype.itemsize,
-        flops=0,
         equal=True,
         stage="injection",
         absent={} if compiles else dict.fromkeys(COMPILED, TOO_SMALL),

@@ -32,7 +32,7 @@ from transformers.models.llava import modeling_llava
 from aligngpt.batch import Batch
 from aligngpt.config import AlignGPTConfig, llava_config
 from aligngpt.model import AlignGPTForConditionalGeneration
-from benchmarks import bench_step
+from benchmarks import bench_step, work
 from benchmarks.bench_step import (
     LLAMA_7B,
     MICRO,
@@ -49,7 +49,7 @@ from benchmarks.bench_step import (
 )
 from benchmarks.case import Case, Contender, InTurns
 from benchmarks.liger import with_liger
-from benchmarks.measure import Outputs, Run
+from benchmarks.measure import Outputs, Run, count_syncs
 from benchmarks.plain import PlainBatch, plain_batch
 from training.config import Stage, TrainConfig
 from training.loop import Step
@@ -161,21 +161,36 @@ def of_tokens(forward: Forward, outputs: Outputs) -> Outputs:
     return [logits[forward.padded.attention_mask.bool()] if padded else logits[0]]
 
 
+def done(run: Run, forward: Forward, seconds: float) -> dict[str, Any]:
+    """Work of the stages before the loss, and logits of every token."""
+    model, batch, each = forward.model, forward.packed, forward.model.dtype.itemsize
+    parts = work.of_training(model, [batch], compute_bytes=each, fused_loss=False)
+    found = [parts[name] for name in ("vision tower", "projector", "injection", "LLM forward")]
+    vocabulary, width = model.lm_head.weight.shape
+    return {
+        "bytes": sum(part.bytes for part in found)
+        + each * (vocabulary * width + batch.num_tokens * (vocabulary + width)),
+        "flops": sum(part.flops for part in found) + 2 * batch.num_tokens * vocabulary * width,
+        "syncs": count_syncs(run, model.device),
+    }
+
+
 def forward_case(size: LlavaSize, dtype: torch.dtype) -> Case:
+    def contender(prepare: Callable[[Forward], Run], *, gpu_only: bool = False) -> Contender:
+        return Contender(prepare, of_tokens, gpu_only=gpu_only, details=done)
+
     return Case(
         name=f"llava forward, {size.per_device} samples",
         make=lambda device: make_forward(device, size, dtype),
         contenders={
-            "ours": Contender(partial(our_forward, packed=True), of_tokens),
-            "ours, padded": Contender(partial(our_forward, packed=False), of_tokens),
-            LLAVA: Contender(llava_forward, of_tokens),
-            COMPILED: Contender(partial(llava_forward, kind=COMPILED), of_tokens, gpu_only=True),
-            LIGER: Contender(partial(llava_forward, kind=LIGER), of_tokens, gpu_only=True),
+            "ours": contender(partial(our_forward, packed=True)),
+            "ours, padded": contender(partial(our_forward, packed=False)),
+            LLAVA: contender(llava_forward),
+            COMPILED: contender(partial(llava_forward, kind=COMPILED), gpu_only=True),
+            LIGER: contender(partial(llava_forward, kind=LIGER), gpu_only=True),
         },
         exact=lambda forward: of_tokens(forward, llava_forward(forward, dtype=torch.float64)()),
         plain=lambda forward: of_tokens(forward, llava_forward(forward)()),
-        bytes=0,
-        flops=0,
         stage="training step",
         items=size.per_device,
         unit="samples",
@@ -253,13 +268,14 @@ def compiled_plain_run(training: Training) -> Run:
     return bench_step.plain_run(Beside(size, config, step, plain, expected), compiles=True)
 
 
-def tokens_per_second(run: Run, training: Training, seconds: float) -> dict[str, Any]:
-    return {"tokens": training.step.tokens, "tokens_per_second": round(training.step.tokens / seconds, 1)}
+def useful(run: Run, training: Training, seconds: float) -> dict[str, Any]:
+    rate = {"tokens": training.step.tokens, "tokens_per_second": round(training.step.tokens / seconds, 1)}
+    return rate | bench_step.counted(run, training.size, training.config, [training.step])
 
 
 def step_case(size: LlavaSize, stage: Stage, dtype: torch.dtype) -> Case:
     def contender(prepare: Callable[[Training], Run], *, gpu_only: bool = False) -> Contender:
-        return Contender(prepare, updated, gpu_only=gpu_only, details=tokens_per_second)
+        return Contender(prepare, updated, gpu_only=gpu_only, details=useful)
 
     return Case(
         name=f"llava step, {stage}, {size.global_batch} samples",
@@ -274,8 +290,6 @@ def step_case(size: LlavaSize, stage: Stage, dtype: torch.dtype) -> Case:
         exact=lambda training: training.expected,
         plain=lambda training: training.expected,
         floors=update_floors(dtype),
-        bytes=0,
-        flops=0,
         stage="training step",
         items=size.global_batch,
         unit="samples",
@@ -325,7 +339,9 @@ def cost_run(cost: Cost, name: str) -> Run:
 
 
 def counts(run: Run, cost: Cost, seconds: float, *, name: str) -> dict[str, Any]:
-    return {"tokens": cost.steps[name].tokens, "micro_batches": len(cost.steps[name].batches)}
+    step = cost.steps[name]
+    found = bench_step.counted(run, cost.sizes[name], cost.config, [step])
+    return {"tokens": step.tokens, "micro_batches": len(step.batches)} | found
 
 
 def cost_case(size: LlavaSize, stage: Stage, dtype: torch.dtype) -> Case:
@@ -340,12 +356,11 @@ def cost_case(size: LlavaSize, stage: Stage, dtype: torch.dtype) -> Case:
         exact=lambda cost: one,
         plain=lambda cost: one,
         floors=(tolerance(dtype),),
-        bytes=0,
-        flops=0,
         stage="training step",
         items=size.global_batch,
         unit="samples",
         group="alignment token",
+        memory=True,
         rounds=7,
         trains=True,
         one_copy=True,

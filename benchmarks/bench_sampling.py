@@ -173,7 +173,6 @@ def case(name: str, rows: int, vocabulary: int, dtype: torch.dtype, *, compiles:
         exact=exact,
         plain=lambda asked: [],  # nothing is rounded
         bytes=logits + seen,
-        flops=0,
         stage="sampling",
         items=rows,
         unit="tokens",

@@ -51,13 +51,14 @@ from aligngpt.profiling import peak_memory_bytes
 from aligngpt.stages import stage as marked
 from benchmarks import lengths, shapes, stages, work
 from benchmarks.case import Case, Contender, free
-from benchmarks.measure import Outputs, Run
+from benchmarks.measure import Outputs, Run, count_syncs
 from benchmarks.plain import PlainBatch, compile_llm, plain_batch
 from benchmarks.plain import step as plain_step
 from training import loop, optim, plan, sharding
 from training.checkpoints import Checkpoints
 from training.config import Stage, TrainConfig, aligngpt_7b
 from training.flops import count_flops
+from training.forecast import CLIP_L
 from training.loader import Cut, Loaded, Order, Part, Samples, estimated_lengths, micro_batches
 from training.loop import Step
 from training.metrics import peak_tflops
@@ -105,7 +106,6 @@ class Size(NamedTuple):
 
 
 SMALL_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
-CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 SMALLEST_TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 MICRO_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 MICRO = Size(36, 64, 32, 64, 2, 2, MICRO_TOWER, 8, 20, 3, 112, 8)  # the last global batch is smaller
@@ -352,8 +352,11 @@ def tokens_per_second(run: Run, epoch: Epoch, seconds: float) -> dict[str, Any]:
 
 
 def lengths_case(size: Size, dtype: torch.dtype) -> Case:
+    def details(run: Run, epoch: Epoch, seconds: float) -> dict[str, Any]:
+        return tokens_per_second(run, epoch, seconds) | counted(run, size, epoch.config, epoch.steps["ours, packed"])
+
     names = ("ours, packed", "ours, padded", "ours, padded, grouped")
-    contenders = {name: Contender(functools.partial(epoch_run, name=name), details=tokens_per_second) for name in names}
+    contenders = {name: Contender(functools.partial(epoch_run, name=name), details=details) for name in names}
     return Case(
         name=f"step lengths, {size.samples} samples in global batches of {size.global_batch}",
         make=lambda device: make_epoch(device, size, dtype),
@@ -361,12 +364,11 @@ def lengths_case(size: Size, dtype: torch.dtype) -> Case:
         exact=lambda epoch: [epoch.expected],
         plain=lambda epoch: [epoch.expected],
         floors=(tolerance(dtype),),
-        bytes=0,
-        flops=0,
         stage="training step",
         items=size.samples,
         unit="samples",
         group="step lengths",
+        memory=True,
         rounds=5,
         trains=True,
         one_copy=True,
@@ -449,19 +451,24 @@ def update_floors(dtype: torch.dtype) -> tuple[float, ...]:
 
 
 def plain_case(size: Size, stage: Stage, dtype: torch.dtype) -> Case:
+    def details(run: Run, beside: Beside, seconds: float) -> dict[str, Any]:
+        return counted(run, size, beside.config, [beside.step])
+
     return Case(
         name=f"step beside a plain loop, {stage}, {size.global_batch} samples",
         make=lambda device: make_beside(device, size, stage, dtype),
-        contenders={"ours": Contender(our_run, updated), "plain loop": Contender(plain_run, updated)},
+        contenders={
+            "ours": Contender(our_run, updated, details=details),
+            "plain loop": Contender(plain_run, updated, details=details),
+        },
         exact=lambda beside: beside.expected,
         plain=lambda beside: beside.expected,
         floors=update_floors(dtype),
-        bytes=0,
-        flops=0,
         stage="training step",
         items=size.global_batch,
         unit="samples",
         group=f"step beside a plain loop, {stage}",
+        memory=True,
         rounds=7,
         trains=True,
         one_copy=True,
@@ -502,8 +509,10 @@ class ShapedRun:
         self()
         highest, peak = peak_memory_bytes(device), peak_tflops(device)
         share = {} if peak is None else {"mfu": round(flops / seconds / (peak * 1e12), 4)}
-        table = stages.measure(self, device, work_of(self.model, step, shaped.config), STAGE_ROUNDS)
+        parts = work_of(self.model, step, shaped.config)
+        table = stages.measure(self, device, parts, STAGE_ROUNDS)
         return share | {
+            "bytes": sum(part.bytes for part in parts.values()),
             "planned_bytes": shaped.planned_bytes,
             "peak_bytes": highest,
             "layers": shaped.size.layers,
@@ -524,6 +533,15 @@ def work_of(
         fused_loss=world_of_one().device.type == "cuda",
         saved_bytes=saved_bytes,
     )
+
+
+def counted(run: Run, size: Size, config: TrainConfig, steps: Iterable[Step]) -> dict[str, Any]:
+    """What these steps have to do, all stages together, and how often the host waits for the device in `run`."""
+    model = sharding.build(size.config()).to("meta")
+    sharding.freeze(model, config.model.train)
+    parts = [part for step in steps for part in work_of(model, step, config).values()]
+    waits = count_syncs(run, world_of_one().device)
+    return {"bytes": sum(part.bytes for part in parts), "flops": sum(part.flops for part in parts), "syncs": waits}
 
 
 def make_shaped(
@@ -578,8 +596,6 @@ def shaped_case(size: Size, stage: Stage, dtype: torch.dtype, checkpointing: Che
         exact=lambda shaped: [shaped.expected],
         plain=lambda shaped: [shaped.expected],
         floors=(tolerance(dtype),),
-        bytes=0,
-        flops=0,
         stage="training step",
         items=size.token_budget,
         unit="tokens",
@@ -671,8 +687,6 @@ def stages_case(size: Size, stage: Stage, dtype: torch.dtype, workers: int = 1) 
         exact=lambda inputs: [inputs.expected],
         plain=lambda inputs: [inputs.expected],
         floors=(tolerance(dtype),),
-        bytes=0,
-        flops=0,
         stage="training step",
         items=size.global_batch,
         unit="samples",

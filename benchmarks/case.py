@@ -69,8 +69,8 @@ class Case:
     contenders: Mapping[str, Contender]  # names of ours start with "ours"
     exact: Callable[[Any], Outputs]  # in float64
     plain: Callable[[Any], Outputs]  # by eager PyTorch in the inputs' dtype: its error is the yardstick
-    bytes: int  # that must be read and written
-    flops: int  # that must be done
+    bytes: int = 0  # that must be read and written; 0 where `details` counts it from the inputs, or nobody does
+    flops: int = 0  # that must be done, likewise
     file: str = ""  # of benchmarks, that it is from; whoever collects cases fills it in
     stage: str = ""  # one of benchmarks.stages.TABLE
     items: float = 0  # done by a call, of what `unit` says: images, tokens, samples, answers, …

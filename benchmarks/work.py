@@ -80,7 +80,9 @@ def of_training(
     else:
         backward_flops += head_gradients
 
-    if batches[0].align_levels is None:
+    if samples == 0:
+        mean_and_mix, gate_bytes = 0, 0
+    elif batches[0].align_levels is None:
         gate = sum(parameter.numel() for parameter in inner.align_gate.parameters())
         mean_and_mix = text_mean_flops(words, width) + align_gate_flops(rows, samples, width, gate, levels)
         gate_bytes = each * (width * (words + rows + levels + samples) + gate * passes)

@@ -15,12 +15,13 @@ import contextlib
 import gc
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, NamedTuple
+
+from training.calibrate import free_port
 
 PRELOADED = ("benchmarks.bench_step", "aligngpt.data.shards")
 TIMEOUT = 120.0  # seconds; the first of all processes imports what is preloaded
@@ -42,7 +43,7 @@ class Group:
         self.size, self.timeout = size, timeout
         self._processes: list[_Process] = []
         _context.set_forkserver_preload(list(PRELOADED))
-        port = str(_free_port())
+        port = str(free_port())
         for rank in range(size):
             ours, theirs = _context.Pipe()
             places = {
@@ -157,9 +158,3 @@ def _serve(pipe: Connection, make_work: Callable[[], Work], environment: dict[st
         pass
     except Exception:
         pipe.send((False, traceback.format_exc()))
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

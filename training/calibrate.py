@@ -343,7 +343,7 @@ def calibrate(
     asked = kinds(config, lengths, processes)
     with tempfile.TemporaryDirectory() as folder, _threads(processes):
         files = [str(Path(picture).resolve()).lstrip("/") for picture in pictures] or [draw_photo(Path(folder))]
-        request = Request(config, stage, model, asked, files, processes, _free_port())
+        request = Request(config, stage, model, asked, files, processes, free_port())
         mp.start_processes(in_process, (request, folder), nprocs=processes, start_method="spawn")
         found = json.loads((Path(folder) / "times.json").read_text(encoding="utf-8"))
     works = [work_of(kind, config, processes) for kind in asked]
@@ -367,7 +367,7 @@ class _threads:
             del os.environ["OMP_NUM_THREADS"]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

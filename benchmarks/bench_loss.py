@@ -168,9 +168,16 @@ def cases() -> list[Case]:
     return [case(vocabulary, trained=t) for vocabulary in (VOCABULARY, VOCABULARY_LLAMA3) for t in (True, False)]
 
 
+def cpu_case(*, trained: bool) -> Case:
+    return case(VOCABULARY, trained=trained, rows=384, width=CPU_WIDTH // 4, dtype=torch.float32, rounds=3)
+
+
 def cpu_cases() -> list[Case]:
-    here = partial(case, VOCABULARY, rows=384, width=CPU_WIDTH // 4, dtype=torch.float32, rounds=3)
-    return [here(trained=trained) for trained in (True, False)]
+    return [cpu_case(trained=True)]
+
+
+def full_cases() -> list[Case]:
+    return [*cpu_cases(), cpu_case(trained=False)]
 
 
 def small_cases() -> list[Case]:

@@ -281,7 +281,11 @@ def cases() -> list[Case]:
 
 
 def cpu_cases() -> list[Case]:
-    return [plan_case(SMALL, "pretrain", 1), plan_case(SMALL, "finetune", 2)]
+    return [plan_case(SMALL, "finetune", 2)]
+
+
+def full_cases() -> list[Case]:
+    return [plan_case(SMALL, "pretrain", 1), *cpu_cases()]
 
 
 def small_cases() -> list[Case]:

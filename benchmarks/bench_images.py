@@ -228,7 +228,11 @@ def cases() -> list[Case]:
 
 
 def cpu_cases() -> list[Case]:
-    return [case(aspect, 336, 32, 5) for aspect in ASPECTS]
+    return [case("pad", 336, 32, 5)]
+
+
+def full_cases() -> list[Case]:
+    return [case("square", 336, 32, 5), *cpu_cases()]
 
 
 def small_cases() -> list[Case]:

@@ -169,7 +169,7 @@ def cases() -> list[Case]:
 
 
 def cpu_case(*, trained: bool) -> Case:
-    return case(VOCABULARY, trained=trained, rows=384, width=CPU_WIDTH // 4, dtype=torch.float32, rounds=3)
+    return case(VOCABULARY, trained=trained, rows=192, width=CPU_WIDTH // 4, dtype=torch.float32, rounds=3)
 
 
 def cpu_cases() -> list[Case]:

@@ -60,6 +60,8 @@ CLAIMS = [
     ),
     Claim(LOSS, GPU, "loss V=32000", "full logits"),
     Claim(LOSS, GPU, "loss V=32000", "full logits, torch.compile", shown_as="compiled"),
+    Claim(LOSS, GPU, "loss V=32000", "Liger"),
+    Claim(LOSS, GPU, "loss V=32000", "Liger, compacted rows", shown_as="Liger on supervised rows"),
     Claim(f"{LOSS}: times as little memory", GPU, "loss V=32000", "full logits", field="peak_bytes"),
     *(Claim("decoding attention, the caches measured", GPU, "decode", name) for name in ("SDPA flash", "SDPA cuDNN")),
     Claim("projector kernel forward", GPU, "projector forward", "eager"),
@@ -76,6 +78,26 @@ CLAIMS = [
         for way, part in (
             ("no checkpointing", "checkpointing none"),
             ("selective checkpointing", "checkpointing selective"),
+        )
+    ),
+    *(
+        Claim(f"training step of {named}, two layers of 7B", GPU, f"step beside a plain loop, {stage}", "plain loop")
+        for named, stage in (("stage 1", "pretrain"), ("stage 2", "finetune"))
+    ),
+    *(
+        Claim("LLM forward + backward, packed, two layers of 7B", GPU, "LLM forward + backward", name, shown_as=shown)
+        for name, shown in (
+            ("padded, SDPA", "padded, SDPA"),
+            ("padded, SDPA, torch.compile", "padded, compiled"),
+            ("padded, SDPA, Liger", "padded, Liger's layers"),
+        )
+    ),
+    *(
+        Claim("forward of packed samples, two layers of 7B", GPU, "llava forward", name, shown_as=shown)
+        for name, shown in (
+            ("transformers Llava", "transformers' Llava"),
+            ("transformers Llava, torch.compile", "compiled"),
+            ("Liger's Llava", "Liger's"),
         )
     ),
     *_inject(CPU, "forward"),

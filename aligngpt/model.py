@@ -95,6 +95,10 @@ class AlignGate(nn.Module):
 class _AlignInit:
     """`_init_weights` of the two model classes: gate and projector as torch's Linear, the table xavier-uniform."""
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Of custom code transformers takes a module without parameters of its own, such as the gate, for initialized.
+        super()._initialize_weights(module, False)  # type: ignore[misc]
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
@@ -104,7 +108,7 @@ class _AlignInit:
                 init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
                 if linear.bias is not None:
                     init.uniform_(linear.bias, -bound, bound)
-        elif isinstance(module, AlignGPTModel):
+        elif isinstance(module, AlignGPTModel) and hasattr(module, "align_table"):
             init.xavier_uniform_(module.align_table)
 
 
@@ -119,6 +123,7 @@ class AlignGPTModel(_AlignInit, LlavaModel):
         self.align_table = nn.Parameter(torch.empty(config.num_align_levels, config.text_config.hidden_size))
         self.align_gate = AlignGate(config)
         self.vision_tower.requires_grad_(False)
+        self._is_hf_initialized = False  # LlavaModel ended with a post_init of its own, before the table was there
         self.post_init()
 
     def train(self, mode: bool = True) -> "AlignGPTModel":

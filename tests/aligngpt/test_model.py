@@ -1,5 +1,6 @@
 """The model against the oracle, against a naive restatement of the paper's maths, and on every backbone."""
 
+import copy
 import math
 
 import pytest
@@ -342,8 +343,11 @@ def test_num_items_in_batch_divides_the_sum(build):
     close(model(**inputs, num_items_in_batch=16).loss * 4, model(**inputs).loss.detach())
 
 
-def test_fresh_weights_follow_the_public_initialisation(build):
-    inner = build("llama", "clip", {"hidden_size": 256}).model
+@pytest.mark.parametrize("is_of_parts", [True, False])
+def test_fresh_weights_follow_the_public_initialisation(build, is_of_parts, uninitialized_is_nan):
+    """From parts, and as transformers makes a model of a config alone."""
+    model = build("llama", "clip", {"hidden_size": 256})
+    inner = (model if is_of_parts else AlignGPTForConditionalGeneration(copy.deepcopy(model.config))).model
     for linear in (inner.multi_modal_projector.linear_2, inner.align_gate.linear_2):
         bound = 1 / math.sqrt(linear.in_features)
         assert 0.9 * bound < linear.weight.abs().max() <= bound
@@ -351,6 +355,14 @@ def test_fresh_weights_follow_the_public_initialisation(build):
     bound = math.sqrt(6 / (8 + 256))
     assert 0.95 * bound < inner.align_table.abs().max() <= bound
     assert abs(inner.align_table.std().item() - bound / math.sqrt(3)) < 0.05 * bound
+
+
+@pytest.fixture
+def uninitialized_is_nan():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what `torch.empty` gives
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 class NoSync(TorchDispatchMode):

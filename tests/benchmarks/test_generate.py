@@ -82,7 +82,10 @@ def test_16_bits_are_judged_by_32():
 
 def test_cases_of_a_gpu_are_those_of_the_requirement():
     one, images, static, texts, first, stages = bench_generate.cases()
-    assert one.bytes / 128 == pytest.approx(13.2e9, rel=0.01)
+    a_token = 2 * 2 * 32 * 4096  # bytes of its keys and values
+    assert one.bytes == pytest.approx(128 * 13.2e9 + 127 * (704 + 64) * a_token, rel=0.01)
+    tower, patches = 24 * 12 * 1024**2, 576
+    assert one.flops == pytest.approx(2 * (831 * 6.48e9 + 128 * 32000 * 4096 + patches * tower), rel=0.01)
     assert first.bytes == pytest.approx(13.2e9 + 0.58e9 + 0.37e9, rel=0.01), "weights of LLM and tower, the cache"
     for case, said in (
         (one, "1 x 704"),

@@ -5,7 +5,6 @@ same rate; an arm is what it differs in. Only "top quarter" sees fewer pairs, ea
 is trained when the command is next given, and none of the others is trained again.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,6 +64,7 @@ class CaptionArm:
     num_levels: int = 8
     cut: Literal["count", "range"] = "count"
     best_quarter: bool = False  # train on the quarter of the pairs with the highest scores alone
+    stage = "stage-1"
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class AnswerArm:
     mode: Literal["adaptive", "local", "global", "average", "none"]
     start: str = "8 levels"
     random_table: bool = False
+    stage = "stage-2"
 
 
 def under(noise: Noise) -> tuple[CaptionArm, ...]:
@@ -110,8 +111,3 @@ STAGE_2 = (
     AnswerArm("random table", "adaptive", random_table=True),
     AnswerArm("no token", "none", start="no token"),
 )
-
-
-def slug(name: str) -> str:
-    """A name as a file's: "8 levels, biased 0.5" is 8-levels-biased-0.5."""
-    return re.sub(r"[^\w.]+", "-", name)

@@ -114,7 +114,8 @@ def side_by_side(
     bars: dict[Job, tqdm] = {}
     try:
         while waiting or running:
-            ready = [job for job in waiting if all(need.exists() for need in job.needs)]
+            unfinished = {job.result for job in running}
+            ready = [job for job in waiting if all(n.exists() and n not in unfinished for n in job.needs)]
             if not (ready or running):
                 missing = [str(need) for need in waiting[0].needs if not need.exists()]
                 raise RunError(f"{waiting[0].name} needs {', '.join(missing)}, which nothing makes")

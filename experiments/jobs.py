@@ -11,6 +11,7 @@ A result counts if it was made by the command that would make it now, with the s
 that was not is taken again. Anything else is refused: what stands on it has taken hours.
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -103,14 +104,14 @@ class Seed:
         if arm.levels == "constant":
             yield made("constant", pairs, self.data_file(arm))
         if arm.levels == "score" or arm.best_quarter:
-            command = ("aligngpt", "score", str(pairs), "--model", str(self.folder / "vision"))
-            command += ("--image-folder", str(self.train_scenes), "--out", str(scores), "--workers", "1")
+            command = ["aligngpt", "score", str(pairs), "--model", str(self.folder / "vision")]
+            command += ["--image-folder", str(self.train_scenes), "--out", str(scores), "--workers", "1"]
             needs, manifest = (pairs, self.folder / "vision"), scores / "manifest.json"
-            yield Job(self.named(f"scores, {name}"), command, manifest, needs=needs)
+            yield Job(self.named(f"scores, {name}"), tuple(command), manifest, needs=needs)
             file = self.level_file(arm)
-            command = ("aligngpt", "levels", str(scores), "--num-levels", str(arm.num_levels), "--cut", arm.cut)
-            command += ("--data", str(pairs), "--out", str(file), "--json", str(file.with_suffix(".json")))
-            yield Job(self.named(f"{file.stem}, {name}"), command, file.with_suffix(".json"), needs=(manifest,))
+            command = ["aligngpt", "levels", str(scores), "--num-levels", str(arm.num_levels), "--cut", arm.cut]
+            command += ["--data", str(pairs), "--out", str(file), "--json", str(file.with_suffix(".json"))]
+            yield Job(self.named(f"{file.stem}, {name}"), tuple(command), file.with_suffix(".json"), needs=(manifest,))
         if arm.best_quarter:
             yield made("best-quarter", self.level_file(arm).with_suffix(".json"), self.data_file(arm))
 
@@ -192,10 +193,13 @@ def record_file(run: Path, job: Job) -> Path:
 
 def made_by(job: Job) -> dict[str, Any]:
     """What decides a job's result: its command, and the code behind it."""
-    digest = hashlib.sha256()
-    for file in CODE.get(job.command[2], ()):
-        digest.update((ROOT / file).read_bytes())
-    return {"command": list(job.command), "code": digest.hexdigest()[:16]}
+    return {"command": list(job.command), "code": code_hash(CODE.get(job.command[2], ()))}
+
+
+@functools.cache  # as it was when the run began: what is changed meanwhile does not count as run
+def code_hash(files: tuple[str, ...]) -> str:
+    content = b"".join((ROOT / file).read_bytes() for file in files)
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def record(run: Path, job: Job, seconds: float) -> None:

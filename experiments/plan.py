@@ -80,7 +80,7 @@ class AnswerArm:
 
 def under(noise: Noise) -> tuple[CaptionArm, ...]:
     """The arms that are compared under each noise beside the first."""
-    arms = (
+    arms: tuple[CaptionArm, ...] = (
         CaptionArm(f"8 levels, {noise.name}", "score", noise),
         CaptionArm(f"no token, {noise.name}", "none", noise),
         CaptionArm(f"top quarter, {noise.name}", "none", noise, best_quarter=True),

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="N", help="default: 0 1 2 3 4")
     parser.add_argument("--sizes", choices=SIZES, default="small", help='default: small; "quick" learns nothing')
     parser.add_argument("--only", default="", metavar="TEXT", help="arms with this in their name; nothing is collected")
-    parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="default: experiments/results")
+    parser.add_argument("--results", type=Path, default="experiments/results", help="default: experiments/results")
     args = parser.parse_args()
     run_dir, results = as_typed(args.run_dir), as_typed(args.results)
     run_whole(functools.partial(run, run_dir, args.seeds, args.sizes, args.only, results / args.sizes), run_dir)

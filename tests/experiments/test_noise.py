@@ -94,7 +94,7 @@ def test_the_best_quarter_is_that_of_the_levels():
 
 
 def test_a_rate_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="rate is 1.0; it must lie between 0 and 1"):
+    with pytest.raises(ValueError, match=r"rate is 1\.0; it must lie between 0 and 1"):
         noisy_captions(SCENES[:1], Noise("uniform", 1.0), 0)
 
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def seed(tmp_path):
+    (tmp_path / "jobs").mkdir()
     return Seed(tmp_path, 3, SIZES["quick"])
 
 
@@ -35,7 +36,9 @@ def test_every_job_stands_on_jobs_before_it_and_writes_its_own_result(seed):
         assert job.result not in there
         there.add(job.result)
     assert len({job.name for job in jobs}) == len({job.result for job in jobs}) == len(jobs)
-    kinds = Counter(word for job in jobs for word in job.command if word in ("training/pretrain.py", "training/finetune.py"))
+    kinds = Counter(
+        word for job in jobs for word in job.command if word in ("training/pretrain.py", "training/finetune.py")
+    )
     assert kinds == {"training/pretrain.py": len(STAGE_1), "training/finetune.py": len(STAGE_2)}
     assert sum("score" in job.command for job in jobs) == 5  # once for each noise
 

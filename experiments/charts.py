@@ -78,7 +78,7 @@ def lines(panels: Mapping[str, Sequence[Line]], names: Sequence[str], xlabel: st
     axes[0].set_ylabel(ylabel, color=INK)
     handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     legend: dict[str, Any] = {"ncols": 4, "frameon": False, "labelcolor": INK, "fontsize": 9}
-    figure.legend(handles.values(), handles, loc="outside lower center", **legend)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", **legend)
     return svg(figure, mark)
 
 

@@ -127,4 +127,3 @@ def sampled(results: Sequence[Result]) -> tuple[int, Sequence[Mapping[str, Any]]
 
 def scene_of(sample: Mapping[str, Any]) -> Scene:
     return tuple(Thing(*facts) for facts in sample["scene"])
-

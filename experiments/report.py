@@ -11,18 +11,58 @@ import sys
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from aligngpt.data.scenes import KINDS, fact_precision
 from experiments import charts
 from experiments.charts import Drawing, Line
 from experiments.readings import (
-    CUTS, FIRST_NOISE, GREEDY, MAIN, MEASURES, MODES, NLL, NONE, NUM_LEVELS, OURS, OWN, QUARTER, RESULTS, ROOT, SAMPLED,
-    TRUE, WAYS, Files, Measure, Result, accuracy, answers, by_level, by_noise, captions, correlations, levels, load, own,
-    read, sampled, scene_of,
+    CUTS,
+    GREEDY,
+    MAIN,
+    MEASURES,
+    MODES,
+    NLL,
+    NONE,
+    NUM_LEVELS,
+    OURS,
+    OWN,
+    QUARTER,
+    RESULTS,
+    ROOT,
+    SAMPLED,
+    TRUE,
+    WAYS,
+    Files,
+    Measure,
+    Result,
+    accuracy,
+    answers,
+    by_level,
+    by_noise,
+    captions,
+    correlations,
+    levels,
+    load,
+    own,
+    read,
+    sampled,
+    scene_of,
 )
 from experiments.statistics import entropy_bits, estimate, never_falls
 from experiments.verdicts import (
-    UNMEASURED, advice, common, difference, gate_said, in_short, means, obeyed, seeds, spread, table,
+    UNMEASURED,
+    advice,
+    common,
+    compared,
+    difference,
+    gate_said,
+    in_short,
+    means,
+    obeyed,
+    seeds,
+    spread,
+    table,
 )
 
 PAGE, PICTURES = Path("docs/evidence.md"), Path("docs/evidence")
@@ -73,9 +113,9 @@ Accuracy by kind of question; *mean* counts kinds, not questions. *Another pictu
 *Any object*: answering for one of the scene's objects at random. *Majority*: always the commonest answer.
 """
 GATE = """\
-*Mutual information*: of the kind of question and a level drawn by the gate's weights; at most log2(7) = 2.81 bits, and at
-most H(kind). *Entropy*: of a question's weights. *Dots*, *logits*: what goes into the gate's layers and what comes out, the
-standard deviation. *Table*: distance between rows, in units of their norm.
+*Mutual information*: of the kind of question and a level drawn by the gate's weights, in bits; at most log2(7) = 2.81,
+and at most H(kind). *Entropy*: of a question's weights, in bits. *Dots*, *logits*: standard deviation of what goes into
+the gate's layers and of what comes out. *Table*: distance between rows, in units of their norm.
 """
 
 
@@ -103,7 +143,9 @@ def runs(files: Files) -> str:
         rows.append([sizes, seed, f"{number or '—'}", spread(read(results, "minutes"), 0), device, commits])
         counts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in results[0].get("sizes", {}).items())
         said.append(f"Sizes of {sizes}: {counts or '—'}.\n")
-    return "\n".join([table(["sizes", "seeds", "training runs", "core minutes a seed", "device", "commit"], rows), *said])
+    return "\n".join(
+        [table(["sizes", "seeds", "training runs", "core minutes a seed", "device", "commit"], rows), *said]
+    )
 
 
 def commit_name(name: str) -> str:
@@ -134,7 +176,9 @@ def stage_1(sizes: str, results: Sequence[Result]) -> Iterator[str]:
     yield "In how many seeds facts fall from no level to the next, and their rank correlation (Spearman) with it:\n"
     yield table(["arm", "seeds", "sampled never fall", "correlation", "greedy never fall", "correlation"], rows)
     yield f"### How many levels, and how cut\n\n{values_table(results, CUTS)}"
-    pairs = {of: [(captions(results, arm, of), captions(results, OURS, of)) for arm in CUTS[1:]] for of in WAYS.values()}
+    pairs = {
+        of: [(captions(results, arm, of), captions(results, OURS, of)) for arm in CUTS[1:]] for of in WAYS.values()
+    }
     rows = [[of.head, *(difference(*pair) for pair in found)] for of, found in pairs.items()]
     yield table([f"minus {OURS}", *CUTS[1:]], rows)
     yield f"### Noise\n\n![True facts against the noise rate]({PICTURES.name}/{sizes}-noise.svg)\n"
@@ -171,7 +215,7 @@ def stage_2(results: Sequence[Result]) -> Iterator[str]:
     presence = ("precision", "recall", "F1", "yes share")
     found = {arm: [answers(results, arm, "presence", key) for key in presence] for arm in MODES}
     found = {arm: [*of, answers(results, arm, "answer NLL")] for arm, of in found.items()}
-    yield "Presence as POPE counts it, where \"yes\" is the positive class; NLL in nats a token of the right answer:\n"
+    yield 'Presence as POPE counts it, where "yes" is the positive class; NLL in nats a token of the right answer:\n'
     rows = [[arm, common(*of), *map(spread, of)] for arm, of in found.items()]
     yield table(["arm", "seeds", *presence, "answer NLL"], rows)
     rows = []
@@ -188,15 +232,20 @@ def stage_2(results: Sequence[Result]) -> Iterator[str]:
     yield "With one level fixed for all answers, in place of the gate's mix:\n"
     yield table(["mean at level", "seeds", *map(str, range(NUM_LEVELS))], rows)
     yield f"### What the gate does\n\nIt {gate_said(results)}\n\n{GATE}"
-    heads = {"mutual information": "mutual information", "entropy": "entropy", "dots std": "dots",
-             "logits std": "logits", "table distance": "table"}
+    heads = {
+        "mutual information": "mutual information",
+        "entropy": "entropy",
+        "dots std": "dots",
+        "logits std": "logits",
+        "table distance": "table",
+    }
     rows = []
     for arm in MODES:
         asked = read(results, "stage 2", arm, "test", "questions")
-        kind = {seed: entropy_bits(numbers.values()) for seed, numbers in asked.items()}
+        bits = {seed: entropy_bits(numbers.values()) for seed, numbers in asked.items()}
         cells = [answers(results, arm, "gate", key) for key in heads]
         if cells[0]:
-            rows.append([arm, common(cells[0]), *(spread(of, 4) for of in cells), spread(kind, 2)])
+            rows.append([arm, common(cells[0]), *(spread(of, 4) for of in cells), spread(bits, 2)])
     yield table(["arm", "seeds", *heads.values(), "H(kind)"], rows)
     rows = []
     for kind in KINDS:
@@ -210,10 +259,10 @@ def samples(sizes: str, results: Sequence[Result]) -> Iterator[str]:
     rows = []
     for number, sample in enumerate(found):
         said = [(text.strip(), *fact_precision(text, scene_of(sample))) for text in sample["captions"].values()]
-        cells = [f"{text} *({true} of {stated} true)*" for text, true, stated in said]
+        cells = [f"{text} ({true} of {stated})" for text, true, stated in said]
         rows.append([f"![Test picture {sample['picture']}]({PICTURES.name}/{sizes}-sample-{number}.png)", *cells])
     if rows:
-        yield f"### Sample captions\n\nGreedy, of 8 levels, seed {seed}, with the number of stated facts that are true:\n"
+        yield f"### Sample captions\n\nGreedy, of 8 levels, seed {seed}; in brackets how many stated facts are true:\n"
         yield table(["picture", *(f"asked for level {level}" for level in found[0]["captions"])], rows)
 
 
@@ -256,7 +305,7 @@ def noise_lines(results: Sequence[Result], measure: Measure) -> list[Line]:
     return [of for of in found if of.means]
 
 
-def line(name: str, points: Mapping[float, Collection[float]]) -> Line:
+def line(name: str, points: Mapping[Any, Collection[float]]) -> Line:
     found = {x: whole for x, of in points.items() if (whole := estimate(of))}
     deviations = tuple(whole.deviation or 0.0 for whole in found.values())
     return Line(name, tuple(found), tuple(whole.mean for whole in found.values()), deviations)
@@ -271,11 +320,13 @@ def readme_block(files: Files) -> str:
     for arm in MAIN[:4]:
         found = [captions(results, arm, measure) for measure in MEASURES[:4]]
         rows.append([arm, common(*found), *map(spread, found)])
+    answered = compared(accuracy(results, "adaptive"), accuracy(results, NONE))
     said = (
-        f"{obeyed(results)} The gate {gate_said(results)} {advice(results)} Everything that was compared: "
-        f"[docs/evidence.md](docs/evidence.md)."
+        f"Is the level obeyed? {obeyed(results)} In stage 2 the accuracy of `adaptive` against no token is {answered}. "
+        f"The gate {gate_said(results)} {advice(results)} All that was compared: [docs/evidence.md](docs/evidence.md)."
     )
-    return f"{table(['arm', 'seeds', *(measure.head for measure in MEASURES[:4])], rows)}\n{textwrap.fill(said, 120)}"
+    head = ["arm", "seeds", *(measure.head for measure in MEASURES[:4])]
+    return f"{table(head, rows)}\n{textwrap.fill(said, 120, break_on_hyphens=False)}"
 
 
 def fill(text: str, block: str) -> str:

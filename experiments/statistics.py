@@ -1,15 +1,16 @@
 """What numbers of a few seeds allow to say: mean, spread, 95 % interval by Student's t, paired differences, rank
 correlation, and the entropy of counts.
 
-Numbers are keyed by seed, so that two arms are compared on the seeds that both have. One seed gives no interval, and none
-gives no estimate. The interval assumes seeds that are independent and differences that are roughly normal; each holds
-for itself, not for all of a page together.
+Numbers are keyed by seed, so that two arms are compared on the seeds that both have. One seed gives no interval, and
+none gives no estimate. The interval assumes seeds that are independent and differences that are roughly normal; each
+holds for itself, not for all of a page together.
 """
 
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 CONFIDENCE = 0.95
 
@@ -85,7 +86,7 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def never_falls(values: Sequence[float]) -> bool:
-    return all(a <= b for a, b in zip(values, values[1:], strict=False))
+    return all(a <= b for a, b in pairwise(values))
 
 
 def entropy_bits(counts: Collection[float]) -> float:

@@ -9,8 +9,24 @@ from statistics import fmean
 from typing import Any
 
 from experiments.readings import (
-    CUTS, GREEDY, MODES, NONE, NUM_LEVELS, OURS, QUARTER, SAMPLED, WAYS, Result, Rows, Values,
-    accuracy, answers, by_level, by_noise, captions, correlations, levels,
+    CUTS,
+    MODES,
+    NONE,
+    NUM_LEVELS,
+    OURS,
+    QUARTER,
+    SAMPLED,
+    WAYS,
+    Result,
+    Rows,
+    Values,
+    accuracy,
+    answers,
+    by_level,
+    by_noise,
+    captions,
+    correlations,
+    levels,
 )
 from experiments.statistics import Estimate, estimate, never_falls, paired
 
@@ -92,7 +108,7 @@ def in_short(results: Sequence[Result]) -> Iterator[str]:
         f"{noise}: {' / '.join(word(facts[OURS], facts[rival]) for rival in (NONE, QUARTER))}"
         for noise, facts in by_noise(results, SAMPLED).items()
     )
-    yield f"**Under each noise** 8 levels against no token / against top quarter, sampled facts: {said or 'unmeasured'}."
+    yield f"**Under each noise** 8 levels against no token / top quarter, sampled facts: {said or 'unmeasured'}."
     found = accuracy(results, "adaptive")
     said = "; ".join(f"against {arm} {compared(found, accuracy(results, arm))}" for arm in MODES[1:])
     yield f"**Stage 2**, mean accuracy of `adaptive`: {said}."
@@ -117,7 +133,7 @@ def obeyed(results: Sequence[Result]) -> str:
     first, *_, last = means(found)
     rising = sum(map(never_falls, found.values()))
     return (
-        f"{said}: sampled facts go from {first} at the lowest level to {last} at the highest, and fall at no step between "
+        f"{said}: sampled facts go from {first} at the lowest level to {last} at the highest, and never fall between "
         f"in {rising} of {seeds(len(found))}; their rank correlation with the level is {whole.mean:.2f}."
     )
 
@@ -143,8 +159,8 @@ def advice(results: Sequence[Result]) -> str:
             chosen.append(f"{choice[found]} ({way})")
         said.append(f"Levels or {rival}, for true captions: {', '.join(chosen)}.")
     said.append(
-        "By design, levels learn from all pairs and any of them can be asked for; the top quarter needs no token and drops "
-        "three pairs of four."
+        "By design, levels learn from all pairs and any of them can be asked for; the top quarter needs no token and "
+        "drops three pairs of four."
     )
     texts = {
         1: "`adaptive` answers better than `global`, so the gate's mix is worth its layers.",
@@ -153,5 +169,3 @@ def advice(results: Sequence[Result]) -> str:
         None: "Whether the gate's mix is worth its layers is not known.",
     }
     return " ".join([*said, texts[verdict(accuracy(results, "adaptive"), accuracy(results, "global"))]])
-
-

@@ -95,7 +95,8 @@ stage 1.
 
 **Seeds.** Each changes data, noise, CLIP tower, LLM and training together; arms are compared within a seed. Intervals
 are 95 %, of paired differences, by Student's t with a degree of freedom less than seeds. ▲ (better) and ▼ (worse) mark
-those without 0: with so many, about one in twenty would be marked by chance. ± is the standard deviation between seeds.
+those without 0; of many differences that are none, one in twenty would be marked too. ± is the standard deviation
+between seeds.
 
 **Choices.** An arm with a token is asked for the level that is best on validation pictures, for each measure by itself.
 The test pictures were used once.

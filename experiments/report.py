@@ -1,0 +1,391 @@
+"""`python -m experiments.report`: docs/evidence.md, its pictures and the README's block, from results files alone.
+
+`--check` writes nothing and fails where a page does not say, or a picture does not show, what the files give. An arm or
+a seed that was not measured is a dash. Every verdict follows from a 95 % interval by one rule: one that contains 0 is
+"no difference seen", any other "better" or "worse". Without any results the command refuses.
+"""
+
+import argparse
+import re
+import sys
+import textwrap
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aligngpt.data.scenes import KINDS, fact_precision
+from experiments import charts
+from experiments.charts import Drawing, Line
+from experiments.readings import (
+    CUTS,
+    GREEDY,
+    MAIN,
+    MEASURES,
+    MODES,
+    NLL,
+    NONE,
+    NUM_LEVELS,
+    OURS,
+    OWN,
+    QUARTER,
+    RESULTS,
+    ROOT,
+    SAMPLED,
+    TRUE,
+    WAYS,
+    Files,
+    Measure,
+    Result,
+    accuracy,
+    answers,
+    by_level,
+    by_noise,
+    captions,
+    correlations,
+    levels,
+    load,
+    own,
+    read,
+    sampled,
+    scene_of,
+)
+from experiments.statistics import entropy_bits, estimate, never_falls
+from experiments.verdicts import (
+    UNMEASURED,
+    advice,
+    common,
+    compared,
+    difference,
+    gate_said,
+    in_short,
+    means,
+    obeyed,
+    seeds,
+    spread,
+    table,
+)
+
+PAGE, PICTURES = Path("docs/evidence.md"), Path("docs/evidence")
+OPENING, CLOSING = "<!-- evidence: written by python -m experiments.report -->", "<!-- end of evidence -->"
+
+INTRODUCTION = """\
+# Do alignment levels help, and does the gate?
+
+Written by `python -m experiments.report` from the files in [experiments/results](../experiments/results), and from
+nothing else; a test fails when this page says anything different.
+
+## In short
+"""
+METHOD = """\
+## How it was done
+
+**Data.** Scenes of one to three objects with five facts each (size, color, shape, row, column), so that what is true of
+a picture is known. Training captions are made false at a known rate. *Uniform*: each fact of a caption is replaced by
+another value at random, with a probability drawn for the caption that is 0.25, 0.5 or 0.75 on average. *Biased*: the
+same, but what is put there is always the same value, so that false facts agree with each other. *Swapped*: a caption
+is, with that probability, the whole true caption of another picture. Test captions are of scenes with two or three
+objects.
+
+**Arms of stage 1**, of the same steps, batch and rate, and of the noise *uniform 0.5* where none is named. *8 levels*:
+AlignGPT, CLIP scores cut into equal counts. *no token*: LLaVA. *top quarter*: no token, and only the quarter of the
+pairs with the best CLIP scores. *true levels*: cut by true alignment, what perfect scores would give. *random levels*,
+*one constant token*: tokens that say nothing. **Arms of stage 2**, on the same questions: the modes of the gate, each
+from the stage 1 with 8 levels; *random table*: adaptive, with a table of random numbers; *no token*: LLaVA, from its
+stage 1.
+
+**Seeds.** Each changes data, noise, CLIP tower, LLM and training together; arms are compared within a seed. Intervals
+are 95 %, of paired differences, by Student's t with a degree of freedom less than seeds. ▲ (better) and ▼ (worse) mark
+those without 0; of many differences that are none, one in twenty would be marked too. ± is the standard deviation
+between seeds.
+
+**Choices.** An arm with a token is asked for the level that is best on validation pictures, for each measure by itself.
+The test pictures were used once.
+
+**To repeat it**: `make evidence`; hours on two cores.
+"""
+MEASURED = """\
+*Facts*: the share of stated facts that are true, under the kindest pairing with the scene's objects (the caption of
+another picture has about 0.4). *Objects*: F1 of objects with all five facts right. *Not there*: the share of named
+objects (color and shape) that the scene has not. *NLL*: nats a token of the true caption. *Asked for*: the levels
+chosen for sampled facts.
+"""
+ANSWERED = """\
+Accuracy by kind of question; *mean* counts kinds, not questions. *Another picture*: adaptive, shown a wrong picture.
+*Any object*: answering for one of the scene's objects at random. *Majority*: always the commonest answer.
+"""
+GATE = """\
+*Mutual information*: of the kind of question and a level drawn by the gate's weights, in bits; at most log2(7) = 2.81,
+and at most H(kind). *Entropy*: of a question's weights, in bits. *Dots*, *logits*: standard deviation of what goes into
+the gate's layers and of what comes out. *Table*: distance between rows, in units of their norm.
+"""
+
+
+def page(files: Files) -> str:
+    """The whole of docs/evidence.md."""
+    parts = [INTRODUCTION]
+    for sizes, results in files.items():
+        said = "\n".join(f"- {sentence}" for sentence in in_short(results))
+        parts.append(f"Of {sizes}, {seeds(len(results))}:\n\n{said}\n")
+    if list(files) == ["small"]:
+        parts.append("Larger sizes, on a GPU: unmeasured.\n")
+    parts += [METHOD, runs(files)]
+    for sizes, results in files.items():
+        parts += [f"## {sizes}\n", *stage_1(sizes, results), *stage_2(results), *samples(sizes, results)]
+    return "\n".join(parts)
+
+
+def runs(files: Files) -> str:
+    rows, said = [], []
+    for sizes, results in files.items():
+        number = sum(read(results, "runs").values())
+        device = ", ".join(sorted({*read(results, "device").values()}))
+        commits = ", ".join(sorted({commit_name(of) for of in read(results, "commit").values()}))
+        seed = ", ".join(map(str, read(results)))
+        rows.append([sizes, seed, f"{number or '—'}", spread(read(results, "minutes"), 0), device, commits])
+        counts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in results[0].get("sizes", {}).items())
+        said.append(f"Sizes of {sizes}: {counts or '—'}.\n")
+    return "\n".join(
+        [table(["sizes", "seeds", "training runs", "core minutes a seed", "device", "commit"], rows), *said]
+    )
+
+
+def commit_name(name: str) -> str:
+    return f"`{name[:10]}`" + (" with changes" if name.endswith("+") else "")
+
+
+def stage_1(sizes: str, results: Sequence[Result]) -> Iterator[str]:
+    yield f"### Stage 1: captions\n\n{MEASURED}"
+    yield values_table(results, MAIN)
+    for rival in (NONE, QUARTER):
+        arms = [arm for arm in MAIN if arm != rival]
+        pairs = {of: [(captions(results, arm, of), captions(results, rival, of)) for arm in arms] for of in MEASURES}
+        rows = [[of.head, *(difference(*pair, of.better) for pair in found)] for of, found in pairs.items()]
+        rows.append(["*seeds*", *(common(*pair) for pair in pairs[SAMPLED])])
+        yield table([f"minus {rival}", *arms], rows)
+    yield "### Is the level obeyed?\n"
+    yield f"![True facts at each level, by arm]({PICTURES.name}/{sizes}-levels.svg)\n"
+    yield f"*{OWN.capitalize()}*: the true share of facts in the training captions of a level.\n"
+    found = {OWN: own(results)} | {of.head: by_level(results, OURS, of) for of in (SAMPLED, GREEDY, NLL)}
+    rows = [[name, common(of), *means(of)] for name, of in found.items()]
+    yield table(["8 levels, mean at level", "seeds", *map(str, range(NUM_LEVELS))], rows)
+    rows = []
+    for arm in dict.fromkeys((*MAIN, *CUTS)):
+        ways = [by_level(results, arm, measure) for measure in WAYS.values()]
+        if any(len(values) > 2 for values in ways[0].values()):
+            trends = [(f"{sum(map(never_falls, of.values()))}", spread(correlations(of), 2)) for of in ways]
+            rows.append([arm, common(*ways), *(cell for trend in trends for cell in trend)])
+    yield "In how many seeds facts fall from no level to the next, and their rank correlation (Spearman) with it:\n"
+    yield table(["arm", "seeds", "sampled never fall", "correlation", "greedy never fall", "correlation"], rows)
+    yield f"### How many levels, and how cut\n\n{values_table(results, CUTS)}"
+    pairs = {
+        of: [(captions(results, arm, of), captions(results, OURS, of)) for arm in CUTS[1:]] for of in WAYS.values()
+    }
+    rows = [[of.head, *(difference(*pair) for pair in found)] for of, found in pairs.items()]
+    yield table([f"minus {OURS}", *CUTS[1:]], rows)
+    yield f"### Noise\n\n![True facts against the noise rate]({PICTURES.name}/{sizes}-noise.svg)\n"
+    yield "*CLIP*: rank correlation of the scores with true alignment.\n"
+    for measure in WAYS.values():
+        rows = []
+        for noise, facts in by_noise(results, measure).items():
+            cells = [spread(facts[arm]) for arm in (OURS, TRUE, NONE, QUARTER)]
+            cells += [difference(facts[OURS], facts[rival]) for rival in (NONE, QUARTER)]
+            clip = spread(read(results, "noise", noise, "rank correlation"), 2)
+            rows.append([noise, common(facts[OURS]), clip, *cells])
+        minus = [f"8 levels − {rival}" for rival in (NONE, QUARTER)]
+        yield table([measure.head, "seeds", "CLIP", OURS, TRUE, NONE, QUARTER, *minus], rows)
+
+
+def values_table(results: Sequence[Result], arms: Sequence[str]) -> str:
+    rows = []
+    for arm in arms:
+        found = [captions(results, arm, measure) for measure in MEASURES]
+        rows.append([arm, common(*found), levels(results, arm), *map(spread, found)])
+    return table(["arm", "seeds", "asked for", *(measure.head for measure in MEASURES)], rows)
+
+
+def stage_2(results: Sequence[Result]) -> Iterator[str]:
+    yield f"### Stage 2: answers\n\n{ANSWERED}"
+    rows = []
+    for arm in MODES:
+        kinds = [spread(answers(results, arm, "accuracy", kind)) for kind in KINDS]
+        rows.append([arm, common(accuracy(results, arm)), *kinds, spread(accuracy(results, arm))])
+    for part in ("another picture", "any object", "majority"):
+        kinds = [spread(answers(results, "adaptive", part, kind)) for kind in KINDS]
+        rows.append([f"*{part}*", common(answers(results, "adaptive", part)), *kinds, ""])
+    yield table(["arm", "seeds", *KINDS, "mean"], rows)
+    presence = ("precision", "recall", "F1", "yes share")
+    found = {arm: [answers(results, arm, "presence", key) for key in presence] for arm in MODES}
+    found = {arm: [*of, answers(results, arm, "answer NLL")] for arm, of in found.items()}
+    yield 'Presence as POPE counts it, where "yes" is the positive class; NLL in nats a token of the right answer:\n'
+    rows = [[arm, common(*of), *map(spread, of)] for arm, of in found.items()]
+    yield table(["arm", "seeds", *presence, "answer NLL"], rows)
+    rows = []
+    for arm in MODES[1:]:
+        f1, nll = (difference(found[arm][at], found["adaptive"][at], better) for at, better in ((2, 1), (4, -1)))
+        pair = accuracy(results, arm), accuracy(results, "adaptive")
+        rows.append([arm, common(*pair), difference(*pair), f1, nll])
+    yield table(["minus adaptive", "seeds", "accuracy, mean", "presence F1", "answer NLL"], rows)
+    rows = []
+    for arm in ("adaptive", "random table"):
+        for key in ("answer NLL by level", "accuracy by level"):
+            fixed = read(results, "stage 2", arm, "test", key)
+            rows.append([f"{arm}, {key.removesuffix(' by level')}", common(fixed), *means(fixed)])
+    yield "With one level fixed for all answers, in place of the gate's mix:\n"
+    yield table(["mean at level", "seeds", *map(str, range(NUM_LEVELS))], rows)
+    yield f"### What the gate does\n\nIt {gate_said(results)}\n\n{GATE}"
+    heads = {
+        "mutual information": "mutual information",
+        "entropy": "entropy",
+        "dots std": "dots",
+        "logits std": "logits",
+        "table distance": "table",
+    }
+    rows = []
+    for arm in MODES:
+        asked = read(results, "stage 2", arm, "test", "questions")
+        bits = {seed: entropy_bits(numbers.values()) for seed, numbers in asked.items()}
+        cells = [answers(results, arm, "gate", key) for key in heads]
+        if cells[0]:
+            rows.append([arm, common(cells[0]), *(spread(of, 4) for of in cells), spread(bits, 2)])
+    yield table(["arm", "seeds", *heads.values(), "H(kind)"], rows)
+    rows = []
+    for kind in KINDS:
+        weights = read(results, "stage 2", "adaptive", "test", "gate", "weights", kind)
+        rows.append([kind, common(weights), *means(weights, NUM_LEVELS - 1)])
+    yield table(["adaptive, mean weight of level", "seeds", *map(str, range(NUM_LEVELS - 1))], rows)
+
+
+def samples(sizes: str, results: Sequence[Result]) -> Iterator[str]:
+    seed, found = sampled(results)
+    rows = []
+    for number, sample in enumerate(found):
+        said = [(text.strip(), *fact_precision(text, scene_of(sample))) for text in sample["captions"].values()]
+        cells = [f"{text} ({true} of {stated})" for text, true, stated in said]
+        rows.append([f"![Test picture {sample['picture']}]({PICTURES.name}/{sizes}-sample-{number}.png)", *cells])
+    if rows:
+        yield f"### Sample captions\n\nGreedy, of 8 levels, seed {seed}; in brackets how many stated facts are true:\n"
+        yield table(["picture", *(f"asked for level {level}" for level in found[0]["captions"])], rows)
+
+
+# ------------------------------------------------------------------------------------------------ pictures and files
+
+
+def drawings(files: Files) -> dict[Path, Drawing]:
+    """The pictures that the page names."""
+    found: dict[Path, Drawing] = {}
+    for sizes, results in files.items():
+        names = (*MAIN, OWN)
+        panels = {way: level_lines(results, measure) for way, measure in WAYS.items()}
+        axes = "level asked for", "true facts"
+        found[PICTURES / f"{sizes}-levels.svg"] = Drawing(charts.lines, (panels, names, *axes))
+        panels = {way: noise_lines(results, measure) for way, measure in WAYS.items()}
+        axes = "share of false facts in training captions", "true facts"
+        found[PICTURES / f"{sizes}-noise.svg"] = Drawing(charts.lines, (panels, names, *axes))
+        seed, said = sampled(results)
+        for number, sample in enumerate(said):
+            arguments = scene_of(sample), f"{seed} test {sample['picture']}"
+            found[PICTURES / f"{sizes}-sample-{number}.png"] = Drawing(charts.picture, arguments)
+    return found
+
+
+def level_lines(results: Sequence[Result], measure: Measure) -> list[Line]:
+    """Of arms with other than eight levels one value, at the level asked for."""
+    found = []
+    for arm, rows in [*((arm, by_level(results, arm, measure)) for arm in MAIN), (OWN, own(results))]:
+        columns = dict(enumerate(zip(*rows.values(), strict=True)))
+        if len(columns) == NUM_LEVELS:
+            found.append(line(arm, columns))
+        elif arm != OWN:
+            found.append(line(arm, {0: captions(results, arm, measure).values()})._replace(xs=()))
+    return [of for of in found if of.means]
+
+
+def noise_lines(results: Sequence[Result], measure: Measure) -> list[Line]:
+    facts = {float(n.split()[1]): of for n, of in by_noise(results, measure).items() if n.startswith("uniform")}
+    found = [line(arm, {rate: of[arm].values() for rate, of in facts.items()}) for arm in (OURS, NONE, QUARTER)]
+    return [of for of in found if of.means]
+
+
+def line(name: str, points: Mapping[Any, Collection[float]]) -> Line:
+    found = {x: whole for x, of in points.items() if (whole := estimate(of))}
+    deviations = tuple(whole.deviation or 0.0 for whole in found.values())
+    return Line(name, tuple(found), tuple(whole.mean for whole in found.values()), deviations)
+
+
+def readme_block(files: Files) -> str:
+    """What the README says between its marks: the first sizes alone."""
+    if not files:
+        return UNMEASURED
+    results = next(iter(files.values()))
+    rows = []
+    for arm in MAIN[:4]:
+        found = [captions(results, arm, measure) for measure in MEASURES[:4]]
+        rows.append([arm, common(*found), *map(spread, found)])
+    answered = compared(accuracy(results, "adaptive"), accuracy(results, NONE))
+    said = (
+        f"Is the level obeyed? {obeyed(results)} In stage 2 the accuracy of `adaptive` against no token is {answered}. "
+        f"The gate {gate_said(results)} {advice(results)} All that was compared: [docs/evidence.md](docs/evidence.md)."
+    )
+    head = ["arm", "seeds", *(measure.head for measure in MEASURES[:4])]
+    return f"{table(head, rows)}\n{textwrap.fill(said, 120, break_on_hyphens=False)}"
+
+
+def fill(text: str, block: str) -> str:
+    """A document with the block between its marks."""
+    pattern = re.compile(re.escape(OPENING) + ".*?" + re.escape(CLOSING), re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"README.md has {len(pattern.findall(text))} blocks of evidence; it needs one, from {OPENING}")
+    return pattern.sub(lambda _: f"{OPENING}\n\n{block}\n\n{CLOSING}", text)
+
+
+def texts(files: Files, root: Path = ROOT) -> dict[Path, str]:
+    """What each document must say; without results there is no page."""
+    readme = fill((root / "README.md").read_text(encoding="utf-8"), readme_block(files))
+    return {Path("README.md"): readme} | ({PAGE: page(files)} if files else {})
+
+
+def write(files: Files, root: Path = ROOT) -> list[Path]:
+    """Writes documents and pictures, and says which."""
+    contents = {path: text.encode() for path, text in texts(files, root).items()}
+    contents |= {path: drawing.content() for path, drawing in drawings(files).items()}
+    for path, content in contents.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+    return list(contents)
+
+
+def differences(files: Files, root: Path = ROOT) -> list[str]:
+    """A sentence for each document or picture that is not of these results."""
+    found = []
+    for path, text in texts(files, root).items():
+        said = (root / path).read_text(encoding="utf-8") if (root / path).exists() else ""
+        if said != text:
+            lines = zip(said.splitlines(), text.splitlines(), strict=False)
+            line = next((n for n, (a, b) in enumerate(lines, 1) if a != b), min(said.count("\n"), text.count("\n")) + 1)
+            found.append(f"{path} differs from the results files from line {line}")
+    wanted = drawings(files)
+    for path, drawing in wanted.items():
+        if not (root / path).exists() or drawing.mark.encode() not in (root / path).read_bytes():
+            found.append(f"{path} does not show what the results files hold")
+    there = {PICTURES / file.name for file in (root / PICTURES).glob("*")}
+    found += [f"{path} is of no results file" for path in sorted(there - wanted.keys())]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page differs from the files")
+    check, files = parser.parse_args(arguments).check, load()
+    if not files:
+        print(f"error: {RESULTS} holds no <sizes>/seed-<n>.json; `make evidence` makes them")
+        return 1
+    if not check:
+        print("\n".join(map(str, write(files))))
+        return 0
+    found = differences(files)
+    print("\n".join([*found, "Run `python -m experiments.report`."]) if found else "the pages say what the files give")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -142,7 +142,9 @@ def measure_captions(speaker: Speaker, scenes: Path) -> dict[str, Any]:
     if speaker.processor.template != "plain":
         raise ValueError(f"model writes in the template {speaker.processor.template!r}; stage 1 needs 'plain'")
     no_token: dict[str, int | None] = {"none": None}
-    levels = no_token if config.align_mode == "none" else {str(level): level for level in range(config.num_align_levels)}
+    levels = (
+        no_token if config.align_mode == "none" else {str(level): level for level in range(config.num_align_levels)}
+    )
     found: dict[str, Any] = {}
     for split, number in PICTURES.items():
         pictures = Pictures.of(scenes / split, number, speaker)
@@ -167,7 +169,9 @@ def measure_level(speaker: Speaker, pictures: Pictures, level: int | None) -> tu
     scores: dict[str, float] = {}
     for way in ("sampled", "greedy"):
         torch.manual_seed(SEED)  # the same draws at each level, of each model
-        said = [text for prompt in pictures.prompts for text in speaker.go_on(prompt, level=level, sample=way == "sampled")]
+        said = [
+            text for prompt in pictures.prompts for text in speaker.go_on(prompt, level=level, sample=way == "sampled")
+        ]
         precision, f1 = score_captions(said, truth)
         scores |= {f"{way} fact precision": precision, f"{way} object F1": f1}
         scores[f"{way} hallucination"] = hallucination(said, truth)
@@ -240,7 +244,11 @@ def score_answers(speaker: Speaker, asked: Sequence[Asked], examples: Sequence[E
 def score_presence(said: Sequence[tuple[bool, bool]]) -> dict[str, float]:
     """As POPE's, of pairs: whether "yes" was said, and whether it is right. 0 where there is nothing to divide by."""
     count = Counter(said)
-    hits, claims, there = count[True, True], count[True, True] + count[True, False], count[True, True] + count[False, True]
+    hits, claims, there = (
+        count[True, True],
+        count[True, True] + count[True, False],
+        count[True, True] + count[False, True],
+    )
     return {
         "precision": hits / max(claims, 1),
         "recall": hits / max(there, 1),

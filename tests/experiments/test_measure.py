@@ -51,7 +51,9 @@ def nats(speaker: Speaker, words: list[tuple[Path, str, str]], level: int | None
     model, tokenizer = speaker.model, speaker.processor.tokenizer
     found = []
     for picture, before, after in words:
-        before_ids, after_ids = (tokenizer.convert_tokens_to_ids(text.split(" ")) if text else [] for text in (before, after))
+        before_ids, after_ids = (
+            tokenizer.convert_tokens_to_ids(text.split(" ")) if text else [] for text in (before, after)
+        )
         start = [tokenizer.bos_token_id, model.config.align_token_id, *[model.config.image_token_id] * 9, *before_ids]
         ids = torch.tensor([start + after_ids])
         pixels = speaker.processor.image_processor.pixels([picture])
@@ -117,7 +119,12 @@ def test_answers_read_in_one_pass_are_those_that_are_generated(scenes):
     asked = read_questions(scenes / "test")
     pixels = processor.image_processor.pixels([question.picture for question in asked])
     examples = [Example("", processor.text(q.sample), image[None]) for q, image in zip(asked, pixels, strict=True)]
-    batch = processor.collate(examples)
+    with torch.no_grad():  # a random tower's pictures are nearly alike: what they share is taken away
+        last = model.model.multi_modal_projector.linear_2
+        last.weight *= 20
+        last.bias.zero_()
+        last.bias -= model.model.project(model.model.image_features(pixels)).mean((0, 1))
+    batch = processor.collate(examples[:40])
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     model.train()
     for _ in range(25):
@@ -128,7 +135,7 @@ def test_answers_read_in_one_pass_are_those_that_are_generated(scenes):
 
     found = measure_answers(speaker, scenes)["test"]
     generated = evaluate_answers(speaker, scenes / "test")
-    assert 0.2 < sum(found["accuracy"].values()) / 7 < 0.9
+    assert 0.2 < sum(found["accuracy"].values()) / 7 < 0.9  # seven kinds were asked
     assert found["another picture"] != found["accuracy"]
     for kind, row in generated.items():
         assert found["accuracy"][kind] == row["accuracy"]

@@ -87,7 +87,8 @@ class Reading(NamedTuple):
 @torch.no_grad()
 def read(speaker: Speaker, examples: Sequence[Example], level: int | None = None) -> list[Reading]:
     """Each example read at an alignment level; None leaves it to the gate, or to nothing where there is no token."""
-    model, readings = speaker.model, []
+    model = speaker.model
+    readings: list[Reading] = []
     for start in range(0, len(examples), BATCH):
         chunk = [replace(example, level=level) for example in examples[start : start + BATCH]]
         batch = speaker.processor.collate(chunk).to(model.device)

@@ -41,7 +41,7 @@ class Speaker:
                 for picture, prompt in zip(pictures, prompts, strict=True)
             ],
             tokenize=True,
-        )
+        ).to(self.model.device)
 
     def say(
         self, pictures: Sequence[Path], prompts: Sequence[str], *, level: int | None = None, sample: bool = False
@@ -50,20 +50,24 @@ class Speaker:
 
         level: the alignment level of all of them; None leaves it to the gate, or to nothing where there is no token.
         """
-        tokenizer = self.processor.tokenizer
-        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("\n")]  # of an answer, of a caption
-        options: dict[str, Any] = {"do_sample": sample} | ({"temperature": 1.0, "top_k": 0} if sample else {})
         torch.manual_seed(SEED)
         said: list[str] = []
         for start in range(0, len(pictures), BATCH):
             inputs = self.prompt(pictures[start : start + BATCH], prompts[start : start + BATCH])
-            length = inputs["input_ids"].shape[1]
-            if level is not None:
-                inputs["align_levels"] = torch.full((inputs["input_ids"].shape[0],), level)
-            tokens = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=ends, **options)
-            texts = self.processor.batch_decode(tokens[:, length:], skip_special_tokens=True)
-            said += [text.strip() for text in texts]
+            said += self.go_on(inputs, level=level, sample=sample)
         return said
+
+    def go_on(self, inputs: BatchFeature, *, level: int | None, sample: bool) -> list[str]:
+        """What it says after prompts, one batch of them; arguments as `say`'s, which sets the seed."""
+        tokenizer = self.processor.tokenizer
+        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("\n")]  # of an answer, of a caption
+        options: dict[str, Any] = {"do_sample": sample} | ({"temperature": 1.0, "top_k": 0} if sample else {})
+        rows, length = inputs["input_ids"].shape
+        if level is not None:
+            options["align_levels"] = torch.full((rows,), level, device=self.model.device)
+        tokens = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=ends, **options)
+        texts = self.processor.batch_decode(tokens[:, length:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     @torch.no_grad()
     def gate(self, pictures: Sequence[Path], prompts: Sequence[str]) -> Tensor:
@@ -114,7 +118,7 @@ def evaluate_captions(
     pictures = [folder / f"images/{number:05d}.jpg" for number in scenes]
     truth = list(scenes.values())
     if another_picture:
-        truth = _others(truth)
+        truth = others(truth)
     scores: dict[str, float] = {}
     for way, sample in (("sampled", True), ("greedy", False)):
         said = speaker.say(pictures, [""] * len(pictures), level=level, sample=sample)
@@ -122,7 +126,7 @@ def evaluate_captions(
     return scores
 
 
-def _others(items: list[Any]) -> list[Any]:
+def others(items: list[Any]) -> list[Any]:
     """Every item in another's place."""
     half = len(items) // 2
     return items[half:] + items[:half]
@@ -185,29 +189,61 @@ def recombines(question: Asked) -> bool:
 def evaluate_answers(speaker: Speaker, folder: Path) -> dict[str, dict[str, float]]:
     """Accuracy by kind of question, beside two references.
 
-    reference: what answering for an object of the scene chosen at random would get, or, where no object is meant,
-        always giving the commonest answer.
+    reference: `any_object` where the question is about one, else `majority`.
     another picture: the model's own answers, each shown another question's picture.
-
-    Presence is the mean of the accuracies on its two answers, since more questions are left with "yes".
     """
     asked = read_questions(folder)
     pictures, prompts = [question.picture for question in asked], [question.prompt for question in asked]
     said = speaker.say(pictures, prompts)
-    said_blind = speaker.say(_others(pictures), prompts)
-    scores: dict[str, dict[str, float]] = {}
-    for kind in KINDS:
-        rows = [row for row in zip(asked, said, said_blind, strict=True) if row[0].kind == kind]
-        shares = Counter(question.answer for question, _, _ in rows)
-        weights = [1 / (len(shares) * shares[q.answer]) if kind == "presence" else 1 / len(rows) for q, _, _ in rows]
-        if rows[0][0].guesses:
-            reference = sum(q.guesses.count(q.answer) / len(q.guesses) for q, _, _ in rows) / len(rows)
-        else:
-            reference = 1 / len(shares) if kind == "presence" else max(shares.values()) / len(rows)
-        scores[kind] = {
-            "questions": len(rows),
-            "accuracy": sum(w for w, (q, text, _) in zip(weights, rows, strict=True) if text == q.answer),
-            "reference": reference,
-            "another picture": sum(w for w, (q, _, text) in zip(weights, rows, strict=True) if text == q.answer),
+    said_blind = speaker.say(others(pictures), prompts)
+    answers = [question.answer for question in asked]
+    accuracy = accuracies(asked, [a == b for a, b in zip(said, answers, strict=True)])
+    blind = accuracies(asked, [a == b for a, b in zip(said_blind, answers, strict=True)])
+    reference = majority(asked) | any_object(asked)
+    counts = Counter(question.kind for question in asked)
+    return {
+        kind: {
+            "questions": counts[kind],
+            "accuracy": accuracy[kind],
+            "reference": reference[kind],
+            "another picture": blind[kind],
         }
-    return scores
+        for kind in accuracy
+    }
+
+
+def accuracies(asked: Sequence[Asked], right: Sequence[bool]) -> dict[str, float]:
+    """The share of right answers by kind of question, of the kinds that were asked.
+
+    Presence is the mean of the shares on its two answers, since more questions are left with "yes".
+    """
+    shares = {}
+    for kind, rows in _by_kind(asked).items():
+        counts = Counter(asked[row].answer for row in rows)
+        each = [len(counts) * counts[asked[row].answer] if kind == "presence" else len(rows) for row in rows]
+        shares[kind] = sum(1 / number for row, number in zip(rows, each, strict=True) if right[row])
+    return shares
+
+
+def any_object(asked: Sequence[Asked]) -> dict[str, float]:
+    """What answering for an object of the scene chosen at random would get, by kind of question about one."""
+    return {
+        kind: sum(asked[row].guesses.count(asked[row].answer) / len(asked[row].guesses) for row in rows) / len(rows)
+        for kind, rows in _by_kind(asked).items()
+        if asked[rows[0]].guesses
+    }
+
+
+def majority(asked: Sequence[Asked]) -> dict[str, float]:
+    """What always giving the commonest answer would get, by kind of question; presence as in `accuracies`."""
+    shares = {}
+    for kind, rows in _by_kind(asked).items():
+        counts = Counter(asked[row].answer for row in rows)
+        shares[kind] = 1 / len(counts) if kind == "presence" else max(counts.values()) / len(rows)
+    return shares
+
+
+def _by_kind(asked: Sequence[Asked]) -> dict[str, list[int]]:
+    """Which questions are of a kind, for each that there is one of, in the order of `KINDS`."""
+    rows = {kind: [row for row, question in enumerate(asked) if question.kind == kind] for kind in KINDS}
+    return {kind: places for kind, places in rows.items() if places}

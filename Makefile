@@ -8,9 +8,9 @@ BIN := $(VENV)/bin
 OLDEST_TRITON := triton==3.6.0
 # For the tests of quantised loading; apart, since transformers imports them wherever they are installed, which takes a second.
 QUANTISERS := torchao==0.18.0 bitsandbytes==0.50.2
-PATHS := kernels aligngpt training demo benchmarks tests setup.py
+PATHS := kernels aligngpt training demo experiments benchmarks tests setup.py
 
-.PHONY: install demo check format test test-all test-compile test-gpu clean
+.PHONY: install demo evidence check format test test-all test-compile test-gpu clean
 .PHONY: bench bench-gpu bench-record bench-check bench-report
 
 install: $(VENV)/.installed
@@ -27,10 +27,14 @@ $(VENV)/.installed: setup.py pyproject.toml
 demo: install
 	$(BIN)/python -m demo
 
+# Hours; it goes on from where it stopped.
+evidence: install
+	$(BIN)/python -m experiments
+
 check: install
 	$(BIN)/ruff check $(PATHS)
 	$(BIN)/ruff format --check $(PATHS)
-	$(BIN)/mypy kernels/aligngpt_kernels aligngpt training demo benchmarks
+	$(BIN)/mypy kernels/aligngpt_kernels aligngpt training demo experiments benchmarks
 
 format: install
 	$(BIN)/ruff check --fix $(PATHS)

@@ -13,29 +13,32 @@ without a GPU, on two cores.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
-import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from aligngpt.data.scenes import write_json, write_scenes
+from demo.jobs import (
+    ROOT,
+    Job,
+    RunError,
+    as_typed,
+    call,
+    locked,
+    miniature,
+    progress,
+    run_whole,
+    side_by_side,
+    slug,
+    training,
+)
 
-ROOT = Path(__file__).parent.parent
 RIVALS = ("no token", "random levels", "top quarter")
-POLL_SECONDS = 0.2
-TOKEN_BUDGET = 8192  # a step's samples in one micro-batch
 
 
 @dataclass(frozen=True)
@@ -56,36 +59,14 @@ class Sizes:
 QUICK = Sizes(320, 40, 40, 4, 4, 6, 16, 4, 16)  # every step once, in a minute; nothing is learned
 
 
-@dataclass(frozen=True)
-class Job:
-    """A command whose progress is the number of lines in `metrics`."""
-
-    name: str
-    command: tuple[str, ...]
-    result: Path  # there when the command has succeeded
-    metrics: Path
-    steps: int
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="every step at a minute's size; nothing is learned")
     args = parser.parse_args()
-    started = time.perf_counter()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that commands that are running are ended too
-    try:
-        Demo(as_typed(args.run_dir), args.seed, QUICK if args.quick else Sizes()).run()
-    except DemoError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
-    print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes in all; everything is in {args.run_dir}")
-
-
-class DemoError(Exception):
-    """Why the demo ends early."""
+    demo = Demo(as_typed(args.run_dir), args.seed, QUICK if args.quick else Sizes())
+    run_whole(demo.run, args.run_dir)
 
 
 class Demo:
@@ -101,18 +82,14 @@ class Demo:
         os.chdir(ROOT)
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         (self.folder / "pictures").mkdir(exist_ok=True)
-        lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DemoError(f"--run-dir {self.folder} is in use by another demo; it needs its own folder") from error
-        self.check_settings()
-        self.draw_scenes()
-        self.train_parts()
-        self.make_levels()
-        self.train_stages()
-        self.evaluate()
-        self.chat()
+        with locked(self.folder, "demo"):
+            self.check_settings()
+            self.draw_scenes()
+            self.train_parts()
+            self.make_levels()
+            self.train_stages()
+            self.evaluate()
+            self.chat()
 
     def check_settings(self) -> None:
         """A folder belongs to one seed, one size and one version of the demo."""
@@ -123,7 +100,7 @@ class Demo:
         if not path.exists():
             write_json(path, settings)
         elif json.loads(path.read_text(encoding="utf-8")) != settings:
-            raise DemoError(
+            raise RunError(
                 f"--run-dir {self.folder} is a demo of another seed, size or version; it needs its own folder"
             )
 
@@ -145,14 +122,10 @@ class Demo:
 
     def train_parts(self) -> None:
         say("the parts that a real run downloads: a miniature CLIP and a miniature LLM, trained on scenes of their own")
-        jobs = []
-        for name, module, folder, steps in (
-            ("miniature CLIP", "vision", self.folder / "vision", self.sizes.vision_steps),
-            ("miniature LLM", "language", self.folder / "llm", self.sizes.llm_steps),
-        ):
-            command = ("python", "-m", f"demo.{module}", str(folder), "--steps", str(steps), "--seed", str(self.seed))
-            jobs.append(Job(name, command, folder, Path(f"{folder}.tmp/metrics.jsonl"), steps))
-        self.side_by_side(jobs)
+        sizes, seed = self.sizes, self.seed
+        clip = miniature("miniature CLIP", "vision", self.folder / "vision", steps=sizes.vision_steps, seed=seed)
+        llm = miniature("miniature LLM", "language", self.folder / "llm", steps=sizes.llm_steps, seed=seed)
+        self.side_by_side([clip, llm])
 
     def make_levels(self) -> None:
         """Scores, levels, their pictures, and the quarter of the pairs with the highest scores."""
@@ -162,11 +135,11 @@ class Demo:
         say("alignment: how well each caption fits its picture, cut into 8 levels")
         if not (scores / "manifest.json").exists():
             command = ["aligngpt", "score", str(self.pairs), "--model", str(self.folder / "vision"), *pictures]
-            self.call([*command, "--out", str(scores), "--workers", "1"])
+            call([*command, "--out", str(scores), "--workers", "1"])
         if not (report / "contact-sheet.png").exists():  # what the command makes last
             command = ["aligngpt", "levels", str(scores), "--data", str(self.pairs), *pictures]
             outputs = ["--out", str(self.levels), "--json", str(leveled), "--report", str(report)]
-            self.call([*command, *outputs])
+            call([*command, *outputs])
         if not best.exists():
             records = json.loads(leveled.read_text(encoding="utf-8"))
             write_json(best, [record for record in records if record["align_level"] >= 6])
@@ -196,17 +169,13 @@ class Demo:
     def training(
         self, name: str, script: str, processes: int, budget: tuple[int, float, int], options: list[str]
     ) -> Job:
-        """A run of one of the entry points. budget: samples a step, rate, steps."""
-        global_batch, lr, steps = budget
-        folder = self.run_folder(name)
-        command = ["torchrun", "--standalone", "--nproc-per-node", str(processes), f"training/{script}.py", "tiny"]
-        command += [*options, "--data.image-folder", str(self.train_scenes), "--optim.lr", str(lr)]
-        command += ["--global-batch-size", str(global_batch), "--token-budget", str(TOKEN_BUDGET)]
-        command += ["--max-steps", str(steps), "--seed", str(self.seed), "--run-dir", str(folder)]
-        return Job(name, tuple(command), folder / "model", folder / "metrics.jsonl", steps)
+        folder, images = self.run_folder(name), self.train_scenes
+        return training(
+            name, script, folder, options, budget=budget, image_folder=images, seed=self.seed, processes=processes
+        )
 
     def run_folder(self, name: str) -> Path:
-        return self.folder / name.replace(": ", "-").replace(" ", "-")
+        return self.folder / slug(name)
 
     def evaluate(self) -> None:
         """Scores on the test scenes to results.json and, as a table, to the terminal; the pictures."""
@@ -260,90 +229,15 @@ class Demo:
         prompt = question["conversations"][0]["value"].removeprefix("<image>\n")
         picture = self.folder / "scenes/test" / question["image"]
         command = ["aligngpt", "chat", str(self.folder / "stage-2/model"), "--image", str(picture), "--prompt", prompt]
-        self.call(command)
+        call(command)
         print(f"(right: {question['conversations'][1]['value']})")
 
-    # ------------------------------------------------------------------------------------------------ commands
-
-    def call(self, command: list[str]) -> None:
-        """Run a command in the foreground, as typed."""
-        print(f"$ {shlex.join(command)}", flush=True)
-        if subprocess.run(command, env=environment()).returncode:
-            raise DemoError(f"this command failed: {shlex.join(command)}")
-
     def side_by_side(self, jobs: Sequence[Job]) -> None:
-        """Run jobs, two at a time, each with a bar; their output goes to RUN/logs.
-
-        Raises:
-            DemoError: one failed; the others are stopped.
-        """
-        waiting = [job for job in jobs if not job.result.exists()]
-        for job in waiting:
-            print(f"$ {shlex.join(job.command)}", flush=True)
-        running: dict[Job, subprocess.Popen[bytes]] = {}
-        bars: dict[Job, tqdm] = {}
-        try:
-            while waiting or running:
-                while waiting and len(running) < 2:
-                    job = waiting.pop(0)
-                    bars[job] = progress(job.steps, job.name)
-                    with self.log(job).open("wb") as log:
-                        running[job] = subprocess.Popen(job.command, stdout=log, stderr=log, env=environment())
-                time.sleep(POLL_SECONDS)
-                for job, process in list(running.items()):
-                    ended = process.poll() is not None
-                    show(bars[job], job, ended=ended)
-                    if ended:
-                        del running[job]
-                        bars.pop(job).close()
-                        if process.returncode or not job.result.exists():
-                            raise DemoError(f"{job.name} failed ({process.returncode}): {self.last_words(job)}")
-        finally:
-            for process in running.values():
-                process.terminate()
-            for process in running.values():
-                process.wait()
-            for bar in bars.values():
-                bar.close()
-
-    def last_words(self, job: Job) -> str:
-        """The error lines of a job's log, or its end, and where the rest is."""
-        text = self.log(job).read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
-        lines = [line for line in text.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("error:")]
-        return "\n".join([*(errors or lines[-12:]), f"(all of it is in {self.log(job)})"])
-
-    def log(self, job: Job) -> Path:
-        return self.folder / "logs" / f"{self.run_folder(job.name).name}.log"
-
-
-def environment() -> dict[str, str]:
-    """This Python's commands first; a thread for each process, since two processes run on two cores; no GPU."""
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def as_typed(folder: Path) -> Path:
-    """A folder as the printed commands name it: from the project's folder if it lies there, else whole."""
-    folder = folder.resolve()
-    return folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+        side_by_side(jobs, self.folder / "logs")
 
 
 def say(text: str) -> None:
     print(f"\n{text}", flush=True)
-
-
-def progress(total: int, name: str, unit: str = "step") -> tqdm:
-    return tqdm(total=total, desc=f"{name:22}", unit=unit, dynamic_ncols=True, disable=None)  # none in a file
-
-
-def show(bar: tqdm, job: Job, *, ended: bool) -> None:
-    """Move a job's bar to the last whole line of its metrics; a result that is there makes it full."""
-    lines = job.metrics.read_text(encoding="utf-8").split("\n")[:-1] if job.metrics.exists() else []
-    if lines:
-        bar.set_postfix_str(f"loss {json.loads(lines[-1])['loss']:.3f}", refresh=False)
-    steps = job.steps if ended and job.result.exists() else len(lines)
-    bar.update(max(0, steps - bar.n))
 
 
 def format_results(results: dict[str, Any]) -> str:

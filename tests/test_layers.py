@@ -2,7 +2,8 @@
 
 torch, triton  <-  aligngpt_kernels  <-  aligngpt  <-  training
 
-The demo imports aligngpt and runs training by its commands; tests and benchmarks import all of them.
+The demo imports aligngpt and runs training by its commands, and so do the experiments, which import the demo too; tests
+and benchmarks import the others.
 """
 
 import ast
@@ -21,6 +22,7 @@ PACKAGES = {
     "aligngpt": ROOT / "aligngpt",
     "training": ROOT / "training",
     "demo": ROOT / "demo",
+    "experiments": ROOT / "experiments",
     "benchmarks": ROOT / "benchmarks",
     "tests": ROOT / "tests",
 }
@@ -30,8 +32,9 @@ MAY_IMPORT = {
     "aligngpt": {"aligngpt_kernels"},
     "training": {"aligngpt_kernels", "aligngpt"},
     "demo": {"aligngpt_kernels", "aligngpt"},
+    "experiments": {"aligngpt_kernels", "aligngpt", "demo"},
     "benchmarks": {"aligngpt_kernels", "aligngpt", "training"},
-    "tests": {"aligngpt_kernels", "aligngpt", "training", "demo", "benchmarks"},
+    "tests": {"aligngpt_kernels", "aligngpt", "training", "demo", "experiments", "benchmarks"},
 }
 
 

@@ -29,8 +29,9 @@ from aligngpt.image import normalised
 from aligngpt.text import TokenIds, tokenize
 from aligngpt.text import render as render_turns
 from demo import language, vision
-from demo.__main__ import QUICK, Demo, DemoError, Job
+from demo.__main__ import QUICK, Demo
 from demo.evaluate import evaluate_answers, evaluate_levels, read_questions, score_captions
+from demo.jobs import Job, RunError
 from demo.miniature import CHAT_TEMPLATE, SCENE_WORDS, Optimizers, made_whole, rate, word_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -321,12 +322,12 @@ sys.exit(3)
 """
     third = f"open({str(tmp_path / 'third')!r}, 'w')"
     demo = Demo(tmp_path, 0, QUICK)
-    with pytest.raises(DemoError, match=r"fails failed \(3\): error: the sky is green.*\n.*logs/fails.log"):
+    with pytest.raises(RunError, match=r"fails failed \(3\): error: the sky is green.*\n.*logs/fails.log"):
         demo.side_by_side([job("waits", waits), job("fails", fails), job("third", third)])
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
     assert not (tmp_path / "third").exists()
-    with pytest.raises(DemoError, match=r"third failed \(0\)"):  # it left no result
+    with pytest.raises(RunError, match=r"third failed \(0\)"):  # it left no result
         demo.side_by_side([job("third", third)])
 
 

@@ -1,0 +1,113 @@
+"""What is compared: sizes, noises and arms, pure data.
+
+The arms of a stage see the same pictures in the same order and take the same number of steps of the same size at the
+same rate; an arm is what it differs in. Only "top quarter" sees fewer pairs, each more often. An arm that is added here
+is trained when the command is next given, and none of the others is trained again.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything, the same for each seed."""
+
+    train: int  # scenes; one pair and four questions each
+    validation: int
+    test: int
+    vision_steps: int
+    llm_steps: int
+    stage_1_steps: int
+    stage_1_batch: int
+    stage_2_steps: int
+    stage_2_batch: int
+    stage_1_rate: float = 3e-3
+    stage_2_rate: float = 1e-3
+
+
+SIZES = {
+    "small": Sizes(12_000, 500, 1_000, 600, 270, 400, 32, 200, 128),
+    "quick": Sizes(320, 40, 40, 4, 4, 6, 16, 4, 16),  # nothing is learned
+}
+SEEDS = (0, 1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How captions are made false. rate: the mean share of false facts, or for "swapped" the share of swapped pairs."""
+
+    kind: Literal["uniform", "biased", "swapped"]
+    rate: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.rate:g}"
+
+
+UNIFORM, BIASED, SWAPPED = (Noise(kind, 0.5) for kind in ("uniform", "biased", "swapped"))
+NOISES = (UNIFORM, BIASED, SWAPPED, Noise("uniform", 0.25), Noise("uniform", 0.75))
+
+
+@dataclass(frozen=True)
+class CaptionArm:
+    """A run of stage 1.
+
+    levels: where a pair's level is from. "score": CLIP's score, cut into parts of equal count or equal range; "true":
+    the true alignment, cut into parts of equal count; "random": a draw; "constant": the same one for all pairs; "none":
+    there is no alignment token.
+    """
+
+    name: str
+    levels: Literal["score", "true", "random", "constant", "none"]
+    noise: Noise = UNIFORM
+    num_levels: int = 8
+    cut: Literal["count", "range"] = "count"
+    best_quarter: bool = False  # train on the quarter of the pairs with the highest scores alone
+    stage = "stage-1"
+
+
+@dataclass(frozen=True)
+class AnswerArm:
+    """A run of stage 2. start: the arm of stage 1 that it goes on from."""
+
+    name: str
+    mode: Literal["adaptive", "local", "global", "average", "none"]
+    start: str = "8 levels"
+    random_table: bool = False
+    stage = "stage-2"
+
+
+def under(noise: Noise) -> tuple[CaptionArm, ...]:
+    """The arms that are compared under each noise beside the first."""
+    arms = (
+        CaptionArm(f"8 levels, {noise.name}", "score", noise),
+        CaptionArm(f"no token, {noise.name}", "none", noise),
+        CaptionArm(f"top quarter, {noise.name}", "none", noise, best_quarter=True),
+    )
+    if noise in (BIASED, SWAPPED):
+        arms += (CaptionArm(f"true levels, {noise.name}", "true", noise),)
+    return arms
+
+
+STAGE_1 = (
+    CaptionArm("8 levels", "score"),
+    CaptionArm("no token", "none"),
+    CaptionArm("random levels", "random"),
+    CaptionArm("one constant token", "constant", num_levels=2),  # a table has two rows at least; one is used
+    CaptionArm("true levels", "true"),
+    CaptionArm("2 levels", "score", num_levels=2),
+    CaptionArm("4 levels", "score", num_levels=4),
+    CaptionArm("16 levels", "score", num_levels=16),
+    CaptionArm("8 levels, equal range", "score", cut="range"),
+    CaptionArm("top quarter", "none", best_quarter=True),
+    *(arm for noise in NOISES[1:] for arm in under(noise)),
+)
+STAGE_2 = (
+    AnswerArm("adaptive", "adaptive"),
+    AnswerArm("local", "local"),
+    AnswerArm("global", "global"),
+    AnswerArm("average", "average"),
+    AnswerArm("random table", "adaptive", random_table=True),
+    AnswerArm("no token", "none", start="no token"),
+)

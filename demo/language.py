@@ -92,10 +92,9 @@ def row_words(scene: Scene, grid: int) -> list[str]:
     for y, x in itertools.product(middles, middles):
         row, column = ROWS[int(y)], COLUMNS[int(x)]
         words.append(f"{row} {column}")
+        thing, dy, dx = things.get((row, column)), abs(y % 1 - 0.5), abs(x % 1 - 0.5)
         # A patch that holds the middle of the cell counts as covered, however large it is.
-        if (thing := things.get((row, column))) is not None and math.hypot(y % 1 - 0.5, x % 1 - 0.5) <= max(
-            REACH[thing.size], 3 / grid / math.sqrt(2)
-        ):
+        if thing and (max(dy, dx) <= 1.5 / grid or math.hypot(dy, dx) <= REACH[thing.size]):
             words[-1] += f" {thing.size} {thing.color} {thing.shape}"
     return words
 
@@ -179,7 +178,7 @@ def build(tokenizer: PreTrainedTokenizerFast, *, width: int = WIDTH, layers: int
 
 def main() -> None:
     parser = arguments("demo.language", __doc__, width=WIDTH, layers=LAYERS)
-    parser.add_argument("--grid", type=int, default=GRID, help=f"patches a side of the tower's pictures; default: {GRID}")
+    parser.add_argument("--grid", type=int, default=GRID, help=f"patches a side of a picture; default: {GRID}")
     args = parser.parse_args()
     if args.grid < GRID:
         parser.error(f"--grid is {args.grid}; it needs {GRID}, a row for each cell, or more")

@@ -146,18 +146,17 @@ class Batches(Dataset[Batch]):
         pictures = torch.cat((drawn(scenes, random, pixels=self.pixels), *(picture[None] for picture, _ in shown)))
         true = [caption(scene) for scene in scenes] + [text for _, text in shown]
         false = [caption(false_scene(scene, random)) for scene in scenes] + [text for _, text in others]
-        text = self.tokenizer(
-            [*true, *false], padding=True, truncation=True, max_length=MAX_WORDS, return_tensors="pt"
-        )
+        text = self.tokenizer([*true, *false], padding=True, return_tensors="pt")
         return pictures, text["input_ids"], text["attention_mask"]
 
 
 def read_pairs(file: Path, pixels: int) -> list[Pair]:
-    """The pairs of a LLaVA JSON file, whose paths are relative to its folder."""
+    """The pairs of a LLaVA JSON file, whose paths are relative to its folder; of captions the words that are read."""
     pairs = []
     for sample in read_llava_json(file):
         picture = open_image(image_path(file.parent, sample.images[0]))
-        pairs.append((squared(picture, size=pixels, mean=OPENAI_CLIP_MEAN, aspect="square"), sample.turns[-1].text))
+        words = re.findall(r"\w+", sample.turns[-1].text.lower())[: MAX_WORDS - 2]
+        pairs.append((squared(picture, size=pixels, mean=OPENAI_CLIP_MEAN, aspect="square"), " ".join(words)))
     return pairs
 
 
@@ -187,8 +186,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     random = Random(f"vision {args.seed}")
     pairs = read_pairs(args.pairs, args.pixels) if args.pairs else []
-    words = re.findall(r"\w+", " ".join(text for _, text in pairs).lower())
-    tokenizer = word_tokenizer(["and", *SCENE_WORDS, *words])
+    tokenizer = word_tokenizer(["and", *SCENE_WORDS, *(word for _, text in pairs for word in text.split())])
     size = {"pixels": args.pixels, "patch": args.patch, "width": args.width, "layers": args.layers}
     model = build(tokenizer, random, **size).to(device())
     optimizers = Optimizers(model, matrix_lr=0.008, lr=2e-3, betas=(0.9, 0.98))

@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="N", help="default: 0 1 2 3 4")
     parser.add_argument("--sizes", choices=SIZES, default="small", help='default: small; "quick" learns nothing')
     parser.add_argument("--only", default="", metavar="TEXT", help="arms with this in their name; nothing is collected")
-    parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="default: experiments/results")
+    parser.add_argument(
+        "--results", type=Path, default=Path("experiments/results"), help="default: experiments/results"
+    )
     parser.add_argument("--llm", type=Path, help="folder of the LLM, for smollm2")
     parser.add_argument("--emoji", type=Path, help="folder with pretrain.json and images, for smollm2")
     args = parser.parse_args()
@@ -44,7 +46,9 @@ def main() -> None:
         parser.error("--sizes is smollm2; it needs --llm")
     llm, emoji = (folder and as_typed(folder) for folder in (args.llm, args.emoji))
     run_dir, results = as_typed(args.run_dir), as_typed(args.results)
-    run_whole(functools.partial(run, run_dir, args.seeds, args.sizes, args.only, results / args.sizes, llm, emoji), run_dir)
+    run_whole(
+        functools.partial(run, run_dir, args.seeds, args.sizes, args.only, results / args.sizes, llm, emoji), run_dir
+    )
 
 
 def run(
@@ -62,7 +66,9 @@ def run(
         (run_dir / name).mkdir(parents=True, exist_ok=True)
     with locked(run_dir, "run"):
         captions, answers = chosen_arms(only)
-        jobs_of = {seed: seed.jobs(captions, answers) for seed in (Seed(run_dir, n, SIZES[sizes], llm, emoji) for n in seeds)}
+        jobs_of = {
+            seed: seed.jobs(captions, answers) for seed in (Seed(run_dir, n, SIZES[sizes], llm, emoji) for n in seeds)
+        }
         jobs = [job for of_seed in jobs_of.values() for job in of_seed]
         clear_unfinished(run_dir, jobs)
         left = {job for job in jobs if not job.result.exists()}

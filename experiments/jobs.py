@@ -106,7 +106,10 @@ class Seed:
         sizes, seed, scenes = self.sizes, self.number, self.folder / "scenes"
         options = (*self.pixels(), *sizes.vision)
         if self.emoji:
-            command, needs = module("emoji", self.emoji, scenes, "--seed", str(seed)), (scenes / "train", scenes / "test")
+            command, needs = (
+                module("emoji", self.emoji, scenes, "--seed", str(seed)),
+                (scenes / "train", scenes / "test"),
+            )
             yield Job(self.named("emoji"), command, self.names[0], needs=needs)
             options += ("--pairs", str(self.train_scenes / "emoji.json"))
         yield miniature(

@@ -3,7 +3,10 @@
 from experiments.emoji import misnamed, split
 
 RECORDS = [
-    {"image": f"images/{n}.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"n{n}"}]}
+    {
+        "image": f"images/{n}.png",
+        "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"n{n}"}],
+    }
     for n in range(1000)
 ]
 

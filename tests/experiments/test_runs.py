@@ -35,13 +35,15 @@ def test_every_job_stands_on_jobs_before_it_and_writes_its_own_result(seed):
         assert job.result not in there
         there.add(job.result)
     assert len({job.name for job in jobs}) == len({job.result for job in jobs}) == len(jobs)
-    kinds = Counter(word for job in jobs for word in job.command if word in ("training/pretrain.py", "training/finetune.py"))
+    kinds = Counter(
+        word for job in jobs for word in job.command if word in ("training/pretrain.py", "training/finetune.py")
+    )
     assert kinds == {"training/pretrain.py": len(STAGE_1), "training/finetune.py": len(STAGE_2)}
     assert sum("score" in job.command for job in jobs) == 5  # once for each noise
 
 
 def test_a_given_llm_and_emoji_take_the_place_of_what_is_made(tmp_path):
-    """The LLM of a folder is trained on as it is; the tower learns the emoji's names; larger sizes reach every command."""
+    """The LLM of a folder is trained on as it is, the tower learns the emoji's names; larger sizes reach commands."""
     seed = Seed(tmp_path / "run", 3, SIZES["smollm2"], tmp_path / "llm", tmp_path / "emoji")
     jobs = seed.jobs(STAGE_1, STAGE_2)
     there = {tmp_path / "llm"}

@@ -112,7 +112,7 @@ def test_a_row_says_what_covers_its_patch():
             assert set(said) == {f"{t.row} {t.column} {t.size} {t.color} {t.shape}" for t in scene}
     named, seen = (sum(row[part] for row in rows) for part in (0, 1))
     both = sum(all(row) for row in rows)
-    assert both / seen > 0.95
+    assert both / seen > 0.85  # the corners of a square reach out of its circle
     assert both / named > 0.75  # a star does not fill its circle
 
 

@@ -113,7 +113,7 @@ def test_a_row_says_what_covers_its_patch():
     named, seen = (sum(row[part] for row in rows) for part in (0, 1))
     both = sum(all(row) for row in rows)
     assert both / seen > 0.85  # the corners of a square reach out of its circle
-    assert both / named > 0.75  # a star does not fill its circle
+    assert both / named > 0.65  # stars, crosses and triangles do not fill theirs; transposed it would be 0.28
 
 
 def test_the_patch_embedding_starts_as_a_whitening():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedTokenizerBase
 
 from aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 from aligngpt.data.llava_json import Sample, read_llava_json
@@ -18,7 +18,6 @@ from aligngpt.data.scenes import FACTS, KINDS, Scene, fact_precision, parse_capt
 from aligngpt.data.tables import read_table
 
 BATCH = 250
-MAX_NEW_TOKENS = 20  # a caption of three objects takes 18
 SEED = 1  # of sampling
 
 
@@ -60,12 +59,13 @@ class Speaker:
     def go_on(self, inputs: BatchFeature, *, level: int | None, sample: bool) -> list[str]:
         """What it says after prompts, one batch of them; arguments as `say`'s, which sets the seed."""
         tokenizer = self.processor.tokenizer
-        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("\n")]  # of an answer, of a caption
+        newline = tokenizer.encode("\n", add_special_tokens=False)[-1]
+        ends = [tokenizer.eos_token_id, newline]  # of an answer, of a caption
         options: dict[str, Any] = {"do_sample": sample} | ({"temperature": 1.0, "top_k": 0} if sample else {})
         rows, length = inputs["input_ids"].shape
         if level is not None:
             options["align_levels"] = torch.full((rows,), level, device=self.model.device)
-        tokens = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=ends, **options)
+        tokens = self.model.generate(**inputs, max_new_tokens=room(tokenizer), eos_token_id=ends, **options)
         texts = self.processor.batch_decode(tokens[:, length:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -81,6 +81,12 @@ class Speaker:
         )[1]
         assert weights is not None
         return weights
+
+
+def room(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens for a caption of three objects, and two more; an answer takes fewer."""
+    lengths = [max(len(tokenizer.encode(f" {v}", add_special_tokens=False)) for v in vs) for vs in FACTS.values()]
+    return 3 * sum(lengths) + 5  # "and" twice, the newline
 
 
 # ---------------------------------------------------------------------------------------------------- levels

@@ -1,7 +1,7 @@
 """Commands run side by side: two at a time, each with a bar, its output in a file, and a line for what went wrong.
 
 A job whose result is there is not done again, so the same list of jobs goes on after an interruption. All commands run
-in the project's folder, with this Python, on the CPU.
+in the project's folder, with this Python, on the CPU unless a GPU is allowed.
 """
 
 import fcntl
@@ -37,10 +37,19 @@ class Job:
     needs: tuple[Path, ...] = ()  # results of other jobs, without which it can't begin
 
 
-def miniature(name: str, module: str, folder: Path, *, steps: int, seed: int) -> Job:
+def miniature(
+    name: str,
+    module: str,
+    folder: Path,
+    options: Sequence[str] = (),
+    *,
+    steps: int,
+    seed: int,
+    needs: tuple[Path, ...] = (),
+) -> Job:
     """The training of one of the parts that a real run downloads."""
-    command = ("python", "-m", f"demo.{module}", str(folder), "--steps", str(steps), "--seed", str(seed))
-    return Job(name, command, folder, Path(f"{folder}.tmp/metrics.jsonl"), steps)
+    command = ("python", "-m", f"demo.{module}", str(folder), "--steps", str(steps), "--seed", str(seed), *options)
+    return Job(name, command, folder, Path(f"{folder}.tmp/metrics.jsonl"), steps, needs)
 
 
 def training(
@@ -100,11 +109,15 @@ def call(command: Sequence[str]) -> None:
 
 
 def side_by_side(
-    jobs: Sequence[Job], logs: Path, finished: Callable[[Job, float], None] = lambda job, seconds: None
+    jobs: Sequence[Job],
+    logs: Path,
+    finished: Callable[[Job, float], None] = lambda job, seconds: None,
+    *,
+    gpu: bool = False,
 ) -> None:
     """Run jobs, two at a time, each as soon as what it needs is there; their output goes to the folder `logs`.
 
-    finished: called with a job that has succeeded and the seconds that it took.
+    finished: called with a job that has succeeded and the seconds that it took. gpu: whether jobs may use one.
 
     Raises:
         RunError: one failed; the others are stopped. Or none of those left can begin.
@@ -125,7 +138,7 @@ def side_by_side(
                 sys.stdout.flush()
                 bars[job] = progress(job.steps, job.name)
                 with log_file(logs, job).open("wb") as log:
-                    process = subprocess.Popen(job.command, stdout=log, stderr=log, env=environment())
+                    process = subprocess.Popen(job.command, stdout=log, stderr=log, env=environment(gpu=gpu))
                 running[job] = process, time.perf_counter()
             time.sleep(POLL_SECONDS)
             for job, (process, started) in list(running.items()):
@@ -163,10 +176,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name)
 
 
-def environment() -> dict[str, str]:
-    """This Python's commands first; a thread for each process, since two processes run on two cores; no GPU."""
+def environment(*, gpu: bool = False) -> dict[str, str]:
+    """This Python's commands first; a thread for each process, since two processes run on two cores."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return found if gpu else found | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def as_typed(folder: Path) -> Path:

@@ -6,15 +6,20 @@ things about them are special:
 
 - **Scenes in words.** A document begins with nine rows, one a cell, each the sum of the embeddings of the words that
   describe the cell: "top left" and, if a thing is there, its size, color and shape. This is what the projector will
-  have to make of a picture; noise is added, since it never will exactly.
+  have to make of a picture; noise is added, since it never will exactly. For a tower with more patches, `--grid 14` for
+  14 × 14, there is a row a patch: its cell's place, and what the cell's thing is if it covers the middle of the patch.
+  The projector sees patches one by one, so that is what it can make. The price: what was said once is said in a dozen
+  rows, and sequences are three times as long.
 - **Sureness.** In three of five documents one word after BOS, from "wrong" to "exact", says at what rate the caption's
   facts are true. That is the place where the alignment token will stand; which level is which word, stage 1 has to
   find out.
 
 After the rows come blocks that see the rows and themselves but not each other: a caption, corrupted fact by fact like
-those of stage 1 though less often, and questions with answers.
+those of stage 1 though less often, and questions with answers. A GPU is used where there is one.
 """
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
@@ -26,9 +31,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from aligngpt.data.scenes import COLUMNS, KINDS, NUMBERS, ROWS, Scene, ask, caption, corrupt, draw_scene
-from demo.miniature import CHAT_TEMPLATE, SCENE_WORDS, Optimizers, made_whole, read_arguments, run, word_tokenizer
+from demo.miniature import CHAT_TEMPLATE, SCENE_WORDS, Optimizers, arguments, device, made_whole, run, word_tokenizer
 
-WIDTH, LAYERS = 128, 3
+WIDTH, LAYERS, GRID = 128, 3, 3
+HEAD_WIDTH = 32
 BATCH = 64
 QUESTIONS = 8  # blocks of a document beside its caption
 NOISE = 1.0  # of the rows, in standard deviations of the word embeddings
@@ -36,16 +42,16 @@ SURENESS = ("wrong", "doubtful", "partly", "mostly", "exact")
 QUESTION_WORDS = ["what", "size", "color", "shape", "is", "at", "the", "where", "how", "many", "objects"]
 QUESTION_WORDS += ["there", "a", "yes", "no"]
 WORDS = ["and", *SCENE_WORDS, *NUMBERS, *QUESTION_WORDS, *SURENESS]
-CELLS, CELL_WORDS = 9, 5
-PREFIX = 2 + CELLS  # BOS, the sureness or a place left free, the rows
+ROW_WORDS = 5  # at most
+REACH = {"small": 0.25, "large": 0.375}  # of a thing from its cell's middle, in cells
 
 
 @dataclass
 class Document:
-    """A document as token ids: `cells` the words of each row, then the blocks, end to end."""
+    """A document as token ids: `rows` the words of each row, then the blocks, end to end."""
 
     sureness: int | None
-    cells: list[list[int]]
+    rows: list[list[int]]
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)  # the id that is learned, -100 elsewhere; not shifted
     block: list[int] = field(default_factory=list)  # 1, 2, …
@@ -59,7 +65,7 @@ class Document:
         self.place += range(len(prompt) + len(answer))
 
 
-def document(tokenizer: PreTrainedTokenizerFast, random: Random) -> Document:
+def document(tokenizer: PreTrainedTokenizerFast, random: Random, *, grid: int = GRID) -> Document:
     """A scene, a caption corrupted at a random rate, and questions."""
 
     def ids(text: str) -> list[int]:
@@ -69,7 +75,7 @@ def document(tokenizer: PreTrainedTokenizerFast, random: Random) -> Document:
     corruption = random.random() ** 2
     sure = SURENESS[min(int((1 - corruption) * len(SURENESS)), len(SURENESS) - 1)]
     says_so = random.random() < 0.6
-    result = Document(ids(sure)[0] if says_so else None, [ids(words) for words in cell_words(scene)])
+    result = Document(ids(sure)[0] if says_so else None, [ids(words) for words in row_words(scene, grid)])
     result.add([], ids(caption(corrupt(scene, corruption, random)) + " \n"))
     while result.block[-1] < 1 + QUESTIONS:
         question = ask(scene, random.choice(KINDS), random)
@@ -78,44 +84,56 @@ def document(tokenizer: PreTrainedTokenizerFast, random: Random) -> Document:
     return result
 
 
-def cell_words(scene: Scene) -> list[str]:
-    """What each cell's row is the sum of."""
-    cells = [f"{row} {column}" for row in ROWS for column in COLUMNS]
-    for thing in scene:
-        cells[ROWS.index(thing.row) * 3 + COLUMNS.index(thing.column)] += f" {thing.size} {thing.color} {thing.shape}"
-    return cells
+def row_words(scene: Scene, grid: int) -> list[str]:
+    """What the row of each of grid × grid patches is the sum of."""
+    things = {(thing.row, thing.column): thing for thing in scene}
+    middles = [(patch + 0.5) * 3 / grid for patch in range(grid)]  # in cells
+    words = []
+    for y, x in itertools.product(middles, middles):
+        row, column = ROWS[int(y)], COLUMNS[int(x)]
+        words.append(f"{row} {column}")
+        thing, dy, dx = things.get((row, column)), abs(y % 1 - 0.5), abs(x % 1 - 0.5)
+        # A patch that holds the middle of the cell counts as covered, however large it is.
+        if thing and (max(dy, dx) <= 1.5 / grid or math.hypot(dy, dx) <= REACH[thing.size]):
+            words[-1] += f" {thing.size} {thing.color} {thing.shape}"
+    return words
 
 
-def losses(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, random: Random) -> Iterator[Tensor]:
+def losses(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, random: Random, *, grid: int = GRID
+) -> Iterator[Tensor]:
     """The cross-entropy of captions and answers of a new batch of documents, for ever."""
     while True:
-        yield document_loss(model, [document(tokenizer, random) for _ in range(BATCH)])
+        yield document_loss(model, [document(tokenizer, random, grid=grid) for _ in range(BATCH)])
 
 
 def document_loss(model: LlamaForCausalLM, documents: list[Document]) -> Tensor:
-    """Mean over captions' and answers' tokens."""
+    """Mean over captions' and answers' tokens. All documents have as many rows."""
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
-    pad, bos = model.config.pad_token_id, model.config.bos_token_id
+    device, pad, bos = model.device, model.config.pad_token_id, model.config.bos_token_id
+    num_rows = len(documents[0].rows)
+    prefix = 2 + num_rows  # BOS, the sureness or a place left free, the rows
 
     def padded(name: str, value: int) -> Tensor:  # (documents, L), L the longest document's blocks
-        return pad_sequence([torch.tensor(getattr(d, name)) for d in documents], batch_first=True, padding_value=value)
+        ids = pad_sequence([torch.tensor(getattr(d, name)) for d in documents], batch_first=True, padding_value=value)
+        return ids.to(device)
 
     ids, labels, block, place = padded("ids", pad), padded("labels", -100), padded("block", -1), padded("place", 0)
-    says_so = torch.tensor([d.sureness is not None for d in documents])
-    start = torch.tensor([[bos, pad if d.sureness is None else d.sureness] for d in documents])
-    words = torch.tensor([[cell + [pad] * (CELL_WORDS - len(cell)) for cell in d.cells] for d in documents])
-    rows = (embedding(words) * (words != pad)[..., None]).sum(2)  # (documents, CELLS, WIDTH)
+    says_so = torch.tensor([d.sureness is not None for d in documents], device=device)
+    start = torch.tensor([[bos, pad if d.sureness is None else d.sureness] for d in documents], device=device)
+    words = torch.tensor([[row + [pad] * (ROW_WORDS - len(row)) for row in d.rows] for d in documents], device=device)
+    rows = (embedding(words) * (words != pad)[..., None]).sum(2)  # (documents, num_rows, width)
     rows = rows + NOISE * embedding.weight.detach().std() * torch.randn_like(rows)
     inputs = torch.cat((embedding(start), rows, embedding(ids)), dim=1)
 
     # Prefix tokens are of block 0; a place left free is of none, and takes no position.
-    prefix_block = torch.zeros(len(documents), PREFIX, dtype=torch.int64)
+    prefix_block = torch.zeros(len(documents), prefix, dtype=torch.int64, device=device)
     prefix_block[~says_so, 1] = -1
     in_block = torch.cat((prefix_block, block), dim=1)
     shift = says_so.long()[:, None]
-    prefix_place = torch.cat((torch.zeros_like(shift), shift, torch.arange(1, 1 + CELLS) + shift), dim=1)
-    positions = torch.cat((prefix_place, place + CELLS + 1 + shift), dim=1)
+    row_place = torch.arange(1, 1 + num_rows, device=device) + shift
+    positions = torch.cat((torch.zeros_like(shift), shift, row_place, place + num_rows + 1 + shift), dim=1)
 
     hidden = model.model(
         inputs_embeds=inputs, attention_mask=_sees(in_block, inputs.dtype), position_ids=positions, use_cache=False
@@ -123,7 +141,7 @@ def document_loss(model: LlamaForCausalLM, documents: list[Document]) -> Tensor:
     document_number, token = (labels != -100).nonzero(as_tuple=True)
     # A block's first token is predicted by the last row, the others by the token before them.
     first = place[document_number, token] == 0
-    before = torch.where(first, PREFIX - 1, PREFIX + token - 1)
+    before = torch.where(first, prefix - 1, prefix + token - 1)
     return F.cross_entropy(model.lm_head(hidden[document_number, before]), labels[document_number, token])
 
 
@@ -131,20 +149,20 @@ def _sees(block: Tensor, dtype: torch.dtype) -> Tensor:
     """(documents, 1, L, L) additive mask: earlier tokens of the prefix and of one's own block, and oneself."""
     length = block.shape[1]
     query, key = block[:, :, None], block[:, None, :]
-    sees = ((key == 0) | ((key == query) & (key > 0))) & torch.ones(length, length, dtype=torch.bool).tril()
-    sees |= torch.eye(length, dtype=torch.bool)
-    return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+    sees = ((key == 0) | ((key == query) & (key > 0))) & torch.ones_like(query == key).tril()
+    sees |= torch.eye(length, dtype=torch.bool, device=block.device)
+    return torch.zeros(sees.shape, dtype=dtype, device=block.device).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 
 
-def build(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build(tokenizer: PreTrainedTokenizerFast, *, width: int = WIDTH, layers: int = LAYERS) -> LlamaForCausalLM:
     """A fresh model."""
     model = LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // HEAD_WIDTH,
+            num_key_value_heads=width // HEAD_WIDTH,
             vocab_size=len(tokenizer),
             max_position_embeddings=512,
             bos_token_id=tokenizer.bos_token_id,
@@ -159,12 +177,17 @@ def build(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def main() -> None:
-    args = read_arguments("demo.language", __doc__)
+    parser = arguments("demo.language", __doc__, width=WIDTH, layers=LAYERS)
+    parser.add_argument("--grid", type=int, default=GRID, help=f"patches a side of a picture; default: {GRID}")
+    args = parser.parse_args()
+    if args.grid < GRID:
+        parser.error(f"--grid is {args.grid}; it needs {GRID}, a row for each cell, or more")
+    torch.manual_seed(args.seed)
     tokenizer = word_tokenizer(WORDS, chat_template=CHAT_TEMPLATE)
-    model = build(tokenizer)
+    model = build(tokenizer, width=args.width, layers=args.layers).to(device())
     optimizers = Optimizers(model, matrix_lr=0.02, lr=2e-3, betas=(0.9, 0.95))
     with made_whole(args.out) as folder:
-        run(losses(model, tokenizer, Random(f"language {args.seed}")), optimizers, args.steps, folder)
+        run(losses(model, tokenizer, Random(f"language {args.seed}"), grid=args.grid), optimizers, args.steps, folder)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -82,15 +82,20 @@ def rate(step: int, total_steps: int) -> float:
     return min((step + 1) / 20, 1.0, max(0.02, (total_steps - step) / (total_steps / 2)))
 
 
-def read_arguments(module: str, doc: str) -> argparse.Namespace:
-    """A miniature's command line: out, steps and seed, with which torch is seeded."""
+def arguments(module: str, doc: str, *, width: int, layers: int) -> argparse.ArgumentParser:
+    """A miniature's command line, to which it adds its own; `width` and `layers` are its defaults."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder of the model")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.manual_seed(args.seed)
-    return args
+    parser.add_argument("--width", type=int, default=width, help=f"default: {width}")
+    parser.add_argument("--layers", type=int, default=layers, help=f"default: {layers}")
+    return parser
+
+
+def device() -> torch.device:
+    """A GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager

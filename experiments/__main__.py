@@ -3,7 +3,8 @@
 Each command is printed before it runs, so it can be run again by hand. A job that is done is not done again: after an
 interruption the same command goes on, and of a longer plan it trains what is new. When all measures of a seed are
 there, they are collected into experiments/results/SIZES/seed-N.json; at the end docs/evidence.md is written from those.
-All of it runs on the CPU, with or without a GPU, on two cores.
+All of it runs on the CPU, with or without a GPU, on two cores; "large" and "smollm2" use a GPU where there is one.
+"smollm2" takes the LLM of a folder, SmolLM2-135M for example, and, if a folder of them is given, emoji beside scenes.
 """
 
 import argparse
@@ -33,19 +34,39 @@ def main() -> None:
     parser.add_argument("--sizes", choices=SIZES, default="small", help='default: small; "quick" learns nothing')
     parser.add_argument("--only", default="", metavar="TEXT", help="arms with this in their name; nothing is collected")
     parser.add_argument("--results", type=Path, default="experiments/results", help="default: experiments/results")
+    parser.add_argument("--llm", type=Path, help="folder of the LLM, for smollm2")
+    parser.add_argument("--emoji", type=Path, help="folder with pretrain.json and images, for smollm2")
     args = parser.parse_args()
+    for name in ("llm", "emoji"):
+        if getattr(args, name) and args.sizes != "smollm2":
+            parser.error(f"--{name} is given; it needs --sizes smollm2")
+    if args.sizes == "smollm2" and not args.llm:
+        parser.error("--sizes is smollm2; it needs --llm")
+    llm, emoji = (folder and as_typed(folder) for folder in (args.llm, args.emoji))
     run_dir, results = as_typed(args.run_dir), as_typed(args.results)
-    run_whole(functools.partial(run, run_dir, args.seeds, args.sizes, args.only, results / args.sizes), run_dir)
+    run_whole(
+        functools.partial(run, run_dir, args.seeds, args.sizes, args.only, results / args.sizes, llm, emoji), run_dir
+    )
 
 
-def run(run_dir: Path, seeds: Sequence[int], sizes: str, only: str, results: Path) -> None:
+def run(
+    run_dir: Path,
+    seeds: Sequence[int],
+    sizes: str,
+    only: str,
+    results: Path,
+    llm: Path | None = None,
+    emoji: Path | None = None,
+) -> None:
     """All jobs of these seeds in one queue; a seed's results as soon as they are whole."""
     os.chdir(ROOT)
     for name in ("jobs", "logs"):
         (run_dir / name).mkdir(parents=True, exist_ok=True)
     with locked(run_dir, "run"):
         captions, answers = chosen_arms(only)
-        jobs_of = {seed: seed.jobs(captions, answers) for seed in (Seed(run_dir, n, SIZES[sizes]) for n in seeds)}
+        jobs_of = {
+            seed: seed.jobs(captions, answers) for seed in (Seed(run_dir, n, SIZES[sizes], llm, emoji) for n in seeds)
+        }
         jobs = [job for of_seed in jobs_of.values() for job in of_seed]
         clear_unfinished(run_dir, jobs)
         left = {job for job in jobs if not job.result.exists()}
@@ -64,7 +85,7 @@ def run(run_dir: Path, seeds: Sequence[int], sizes: str, only: str, results: Pat
 
         results.mkdir(parents=True, exist_ok=True)
         collect_whole()
-        side_by_side(jobs, run_dir / "logs", finished)
+        side_by_side(jobs, run_dir / "logs", finished, gpu=SIZES[sizes].gpu)
     if not only and sizes != "quick":
         call(("python", "-m", "experiments.report"))
 
@@ -92,15 +113,17 @@ def collect(seed: Seed, jobs: Sequence[Job]) -> dict[str, Any]:
     for arm in STAGE_1:
         found = read_measures(seed, arm)
         stage_1[arm.name] = {"noise": arm.noise.name} | {split: found[split] for split in ("validation", "test")}
+        if "emoji" in found:
+            stage_1[arm.name]["emoji"] = found["emoji"]
         if arm.levels == "constant":  # the other level was never trained
             stage_1[arm.name] |= {split: {"1": found[split]["1"]} for split in ("validation", "test")}
     return {
         "seed": seed.number,
         "sizes": dataclasses.asdict(seed.sizes),
         "commit": commit(),
-        "device": device_name(),
+        "device": device_name(seed.sizes.gpu),
         "minutes": round(total_seconds(seed.run, jobs) / 60, 1),  # of one core
-        "runs": 2 + len(STAGE_1) + len(STAGE_2),  # models trained, tower and LLM among them
+        "runs": 1 + (seed.given_llm is None) + len(STAGE_1) + len(STAGE_2),  # models trained, the tower among them
         "noise": noise,
         "stage 1": stage_1,
         "stage 2": {arm.name: read_measures(seed, arm) for arm in STAGE_2},
@@ -124,8 +147,13 @@ def commit() -> str:
     return name + ("+" if changed.strip() else "")
 
 
-def device_name() -> str:
-    """The processor, for example "AMD EPYC, 2 cores"."""
+def device_name(gpu: bool) -> str:
+    """The GPU if one is used, else the processor, for example "AMD EPYC, 2 cores"."""
+    if gpu:
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -1,6 +1,6 @@
 """A seed's jobs, each a command that anyone can give by hand, and what says that one is done.
 
-    RUN/seed-N/scenes/{train,validation,test}, vision, llm
+    RUN/seed-N/scenes/{train,validation,test}, vision, llm; with --emoji, scenes/{train,test}/emoji.json
     RUN/seed-N/noise/NOISE/                     pairs.json, scores/, and the levels that its arms need
     RUN/seed-N/stage-{1,2}/ARM                  training runs
     RUN/seed-N/measures/stage-{1,2}/ARM.json    python -m experiments.measure
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aligngpt.data.scenes import PIXELS
 from aligngpt.data.tables import write_json
 from demo.jobs import ROOT, Job, RunError, miniature, slug, training
 from experiments.plan import AnswerArm, CaptionArm, Noise, Sizes
@@ -29,7 +30,8 @@ SCENES = "aligngpt/data/scenes.py"
 CODE = {
     "demo.vision": ("demo/vision.py", "demo/miniature.py", SCENES),
     "demo.language": ("demo/language.py", "demo/miniature.py", SCENES),
-    "experiments.noise": ("experiments/noise.py", SCENES),
+    "experiments.noise": ("experiments/noise.py", "experiments/emoji.py", SCENES),
+    "experiments.emoji": ("experiments/emoji.py",),
     "experiments.measure": ("experiments/measure.py", "demo/evaluate.py", SCENES),
 }
 # Pictures are decoded alike whatever is installed.
@@ -38,11 +40,16 @@ TRAINING = ("--data.decoder", "pil", "--save-every", "200", "--keep-last", "1")
 
 @dataclass(frozen=True)
 class Seed:
-    """A seed's part of a run folder. The seed decides scenes, noise, tower and LLM, and what training draws."""
+    """A seed's part of a run folder. The seed decides scenes, noise, tower and LLM, and what training draws.
+
+    given_llm: folder of the LLM, which is then the same for all seeds. emoji: folder of pictures beside the scenes.
+    """
 
     run: Path
     number: int
     sizes: Sizes
+    given_llm: Path | None = None
+    emoji: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -51,6 +58,15 @@ class Seed:
     @property
     def train_scenes(self) -> Path:
         return self.folder / "scenes/train"
+
+    @property
+    def llm(self) -> Path:
+        return self.given_llm or self.folder / "llm"
+
+    @property
+    def names(self) -> tuple[Path, ...]:
+        """What is there when the emoji are."""
+        return (self.folder / "scenes/test/emoji.json",) if self.emoji else ()
 
     def noise(self, noise: Noise) -> Path:
         return self.folder / "noise" / slug(noise.name)
@@ -65,14 +81,9 @@ class Seed:
 
     def jobs(self, captions: Sequence[CaptionArm], answers: Sequence[AnswerArm]) -> list[Job]:
         """All that these arms need, each job once; first those for which others wait."""
-        sizes, seed = self.sizes, self.number
-        jobs = [
-            self.scenes("train", sizes.train),
-            miniature(self.named("CLIP"), "vision", self.folder / "vision", steps=sizes.vision_steps, seed=seed),
-            miniature(self.named("LLM"), "language", self.folder / "llm", steps=sizes.llm_steps, seed=seed),
-            self.scenes("validation", sizes.validation),
-            self.scenes("test", sizes.test),
-        ]
+        sizes = self.sizes
+        jobs = [self.scenes("train", sizes.train), self.scenes("test", sizes.test), *self.parts()]
+        jobs.append(self.scenes("validation", sizes.validation))
         for arm in captions:
             jobs += [*self.data(arm), self.captioning(arm), self.measuring(arm)]
         starts = {arm.name: self.model(arm) for arm in captions}
@@ -85,8 +96,34 @@ class Seed:
 
     def scenes(self, split: str, number: int) -> Job:
         folder = self.folder / "scenes" / split
-        options = ("--number", str(number), "--seed", f"{self.number} {split}")
+        options = ("--number", str(number), "--seed", f"{self.number} {split}", *self.pixels())
         return Job(self.named(f"{split} scenes"), module("noise", "scenes", folder, *options), folder)
+
+    def pixels(self) -> tuple[str, ...]:
+        return () if self.sizes.pixels == PIXELS else ("--pixels", str(self.sizes.pixels))
+
+    def parts(self) -> Iterator[Job]:
+        """Tower and LLM, and before them the emoji, whose names the tower learns."""
+        sizes, seed, scenes = self.sizes, self.number, self.folder / "scenes"
+        options = (*self.pixels(), *sizes.vision)
+        if self.emoji:
+            command, needs = (
+                module("emoji", self.emoji, scenes, "--seed", str(seed)),
+                (scenes / "train", scenes / "test"),
+            )
+            yield Job(self.named("emoji"), command, self.names[0], needs=needs)
+            options += ("--pairs", str(self.train_scenes / "emoji.json"))
+        yield miniature(
+            self.named("CLIP"),
+            "vision",
+            self.folder / "vision",
+            options,
+            steps=sizes.vision_steps,
+            seed=seed,
+            needs=self.names,
+        )
+        if self.given_llm is None:
+            yield miniature(self.named("LLM"), "language", self.llm, sizes.language, seed=seed, steps=sizes.llm_steps)
 
     def data(self, arm: CaptionArm) -> Iterator[Job]:
         """The pairs and levels of an arm."""
@@ -95,7 +132,7 @@ class Seed:
 
         def made(what: str, source: Path, out: Path, *options: str) -> Job:
             command = module("noise", what, source, out, *options)
-            return Job(self.named(f"{out.stem}, {name}"), command, out, needs=(source,))
+            return Job(self.named(f"{out.stem}, {name}"), command, out, needs=(source, *self.names))
 
         noise = ("--kind", arm.noise.kind, "--rate", f"{arm.noise.rate:g}")
         yield made("pairs", self.train_scenes, pairs, *noise, *seed)
@@ -131,7 +168,7 @@ class Seed:
 
     def captioning(self, arm: CaptionArm) -> Job:
         """Stage 1 of an arm."""
-        parts, data = (self.folder / "llm", self.folder / "vision"), self.data_file(arm)
+        parts, data = (self.llm, self.folder / "vision"), self.data_file(arm)
         needs = [*parts, data]
         options = ["--model.llm", str(parts[0]), "--model.vision", str(parts[1]), "--data.path", str(data), *TRAINING]
         if arm.levels == "none":
@@ -165,7 +202,7 @@ class Seed:
             name,
             script,
             folder,
-            options,
+            [*options, *self.sizes.training],
             budget=budget,
             image_folder=self.train_scenes,
             seed=self.number,
@@ -174,7 +211,7 @@ class Seed:
 
     def measuring(self, arm: CaptionArm | AnswerArm) -> Job:
         scenes, out = self.folder / "scenes", self.measures(arm)
-        needs = (self.model(arm), scenes / "validation", scenes / "test")
+        needs = (self.model(arm), scenes / "validation", scenes / "test", *self.names)
         command = module("measure", arm.stage, self.model(arm), scenes, out)
         return Job(self.named(f"measures, {arm.stage}: {arm.name}"), command, out, needs=needs)
 

@@ -1,6 +1,6 @@
 """The data of the experiments: scenes, captions made false in three ways, and levels that `aligngpt` does not make.
 
-    python -m experiments.noise scenes FOLDER --number N --seed S
+    python -m experiments.noise scenes FOLDER --number N --seed S [--pixels P]
     python -m experiments.noise pairs SCENES OUT --kind uniform|biased|swapped --rate R --seed S
     python -m experiments.noise true-levels PAIRS OUT --num-levels N --seed S
     python -m experiments.noise constant PAIRS OUT
@@ -34,6 +34,7 @@ import numpy as np
 
 from aligngpt.data.scenes import (
     FACTS,
+    PIXELS,
     Scene,
     Thing,
     alignment,
@@ -45,6 +46,7 @@ from aligngpt.data.scenes import (
 )
 from aligngpt.data.tables import write_json
 from aligngpt.levels import cut_levels
+from experiments.emoji import misnamed
 from experiments.plan import Noise
 
 
@@ -113,6 +115,7 @@ def main() -> None:
     scenes.add_argument("folder", type=Path)
     scenes.add_argument("--number", type=int, required=True)
     scenes.add_argument("--seed", required=True)
+    scenes.add_argument("--pixels", type=int, default=PIXELS)
     pairs = commands.add_parser("pairs")
     pairs.add_argument("--kind", choices=("uniform", "biased", "swapped"), required=True)
     pairs.add_argument("--rate", type=float, required=True)
@@ -129,7 +132,7 @@ def main() -> None:
         from demo.miniature import made_whole  # only now: it imports torch and transformers
 
         with made_whole(args.folder) as folder:
-            for _ in write_scenes(folder, args.number, seed=args.seed):
+            for _ in write_scenes(folder, args.number, seed=args.seed, pixels=args.pixels):
                 pass
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -137,6 +140,8 @@ def main() -> None:
         records = read(args.source / "pairs.json")
         found = noisy_captions(read_scenes(args.source), Noise(args.kind, args.rate), args.seed)
         made = [with_caption(record, *new) for record, new in zip(records, found, strict=True)]
+        if (emoji := args.source / "emoji.json").exists():
+            made += misnamed(read(emoji), args.rate, args.seed)
     else:
         records = read(args.source)
         if args.what == "true-levels":

@@ -24,12 +24,28 @@ class Sizes:
     stage_2_batch: int
     stage_1_rate: float = 3e-3
     stage_2_rate: float = 1e-3
+    pixels: int = 72  # side of a picture
+    vision: tuple[str, ...] = ()  # further options of demo.vision
+    language: tuple[str, ...] = ()  # of demo.language
+    training: tuple[str, ...] = ()  # of both stages
+    gpu: bool = False  # whether one is used if it is there
 
 
+_ON_A_GPU = ("--precision", "bf16", "--data.workers", "4")
 SIZES = {
     "small": Sizes(12_000, 500, 1_000, 600, 270, 400, 32, 200, 128),
     "quick": Sizes(320, 40, 40, 4, 4, 6, 16, 4, 16),  # nothing is learned
-}
+    "large": Sizes(
+        12_000, 500, 1_000, 1_500, 600, 400, 32, 200, 128,
+        pixels=224,
+        vision=("--patch", "16", "--width", "384", "--layers", "6"),
+        language=("--grid", "14", "--width", "384", "--layers", "6"),
+        training=_ON_A_GPU,
+        gpu=True,
+    ),
+    # Its LLM is given, so it takes no steps.
+    "smollm2": Sizes(12_000, 500, 1_000, 600, 0, 400, 32, 200, 128, stage_2_rate=1e-4, training=_ON_A_GPU, gpu=True),
+}  # fmt: skip
 SEEDS = (0, 1, 2, 3, 4)
 
 

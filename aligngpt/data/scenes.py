@@ -1,7 +1,8 @@
 """Synthetic scenes whose alignment with a caption is known: the data set of `make demo`.
 
-A scene is 72 × 72 pixels in 3 × 3 cells, with one to three objects in different cells, each a size, a colour and a
-shape, moved a little from its cell's centre. Its caption states five facts an object, in reading order:
+A scene is a square of 3 × 3 cells, 72 × 72 pixels unless it is asked for larger, with one to three objects in different
+cells, each a size, a colour and a shape, moved a little from its cell's centre. Its caption states five facts an
+object, in reading order:
 
     large red circle top left and small blue star middle right
 
@@ -43,7 +44,7 @@ COLUMNS = ("left", "center", "right")
 FACTS: dict[str, tuple[str, ...]] = {"size": SIZES, "color": COLORS, "shape": SHAPES, "row": ROWS, "column": COLUMNS}
 NUMBERS = ("one", "two", "three")
 
-PIXELS = 72
+PIXELS = 72  # a side; lengths below are for this one, and grow with it
 CELL = PIXELS // 3
 _JITTER = 1.5  # pixels an object is moved from its cell's centre, at most, each way
 _RADIUS = {"small": 6.0, "large": 9.0}  # pixels; half a pixel more or less
@@ -103,9 +104,9 @@ def draw_scene(random: Random, *, num_objects: int | None = None) -> Scene:
     )
 
 
-def render(scene: Scene, random: Random) -> Image.Image:
-    """The picture of a scene, RGB 72 × 72; `random` moves, sizes and shades the objects a little."""
-    side = PIXELS * _OVERSAMPLE
+def render(scene: Scene, random: Random, *, pixels: int = PIXELS) -> Image.Image:
+    """The picture of a scene, RGB `pixels` × `pixels`; `random` moves, sizes and shades the objects a little."""
+    side, scale = pixels * _OVERSAMPLE, pixels / PIXELS * _OVERSAMPLE
     ground = tuple(random.randint(215, 250) for _ in range(3))
     image = Image.new("RGB", (side, side), ground)
     draw = ImageDraw.Draw(image)
@@ -114,9 +115,7 @@ def render(scene: Scene, random: Random) -> Image.Image:
         y = (ROWS.index(thing.row) + 0.5) * CELL + random.uniform(-_JITTER, _JITTER)
         radius = _RADIUS[thing.size] + random.uniform(-0.5, 0.5)
         color = tuple(min(255, max(0, channel + random.randint(-12, 12))) for channel in _RGB[thing.color])
-        outline = [
-            ((x + radius * dx) * _OVERSAMPLE, (y + radius * dy) * _OVERSAMPLE) for dx, dy in _OUTLINES[thing.shape]
-        ]
+        outline = [((x + radius * dx) * scale, (y + radius * dy) * scale) for dx, dy in _OUTLINES[thing.shape]]
         draw.polygon(outline, fill=color)
     return image.reduce(_OVERSAMPLE)
 
@@ -252,7 +251,9 @@ def _ask_presence(scene: Scene, random: Random) -> Question:
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def write_scenes(folder: Path, num_scenes: int, *, seed: int | str, questions_per_scene: int = 4) -> Iterator[None]:
+def write_scenes(
+    folder: Path, num_scenes: int, *, seed: int | str, questions_per_scene: int = 4, pixels: int = PIXELS
+) -> Iterator[None]:
     """Draw `num_scenes` scenes into a new folder, one at each step of the iterator; the JSON files come last.
 
     A scene's questions are of different kinds, all of them if it is asked so many and allows them.
@@ -264,7 +265,7 @@ def write_scenes(folder: Path, num_scenes: int, *, seed: int | str, questions_pe
         random = Random(f"{seed} {number}")
         scene = draw_scene(random)
         name = f"images/{number:05d}.jpg"
-        render(scene, random).save(folder / name, quality=90)
+        render(scene, random, pixels=pixels).save(folder / name, quality=90)
         scenes.append([astuple(thing) for thing in scene])
         claimed = corrupt(scene, random.random(), random)
         pair = _record(f"{number}", name, "describe the picture", caption(claimed))

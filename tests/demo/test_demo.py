@@ -18,17 +18,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers import CLIPImageProcessor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from aligngpt.batch import load_in_order
 from aligngpt.data.llava_json import read_llava_json
-from aligngpt.data.scenes import Thing, draw_scene, render, write_scenes
+from aligngpt.data.scenes import Thing, caption, draw_scene, render, write_scenes
 from aligngpt.data.tables import write_table
+from aligngpt.image import normalised
 from aligngpt.text import TokenIds, tokenize
 from aligngpt.text import render as render_turns
 from demo import language, vision
 from demo.__main__ import QUICK, Demo
 from demo.evaluate import evaluate_answers, evaluate_levels, read_questions, score_captions
 from demo.jobs import Job, RunError
-from demo.miniature import CHAT_TEMPLATE, Optimizers, made_whole, rate, word_tokenizer
+from demo.miniature import CHAT_TEMPLATE, SCENE_WORDS, Optimizers, made_whole, rate, word_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,22 +58,23 @@ def test_the_llms_documents_are_questions_as_stage_2_asks_them(tokenizer, tmp_pa
         assert tokenizer.unk_token_id not in document.ids
 
 
-@pytest.mark.parametrize("says_so", [True, False])
-def test_a_block_sees_the_prefix_and_itself_alone(tokenizer, monkeypatch, says_so):
+@pytest.mark.parametrize(("says_so", "grid"), [(True, 3), (False, 3), (True, 5)])
+def test_a_block_sees_the_prefix_and_itself_alone(tokenizer, monkeypatch, says_so, grid):
     """The loss of a batch of documents equals that of each block in a sequence of its own, without any mask."""
     monkeypatch.setattr(language, "NOISE", 0.0)
     torch.manual_seed(0)
     model = language.build(tokenizer).double()
     embedding = model.get_input_embeddings()
     random = Random(0)
-    documents = [language.document(tokenizer, random) for _ in range(3)]
+    documents = [language.document(tokenizer, random, grid=grid) for _ in range(3)]
     for document in documents:
         document.sureness = tokenizer.convert_tokens_to_ids("mostly") if says_so else None
     got = language.document_loss(model, documents)
 
     total, count = torch.zeros(()), 0
     for document in documents:
-        rows = torch.stack([embedding(torch.tensor(cell)).sum(0) for cell in document.cells])
+        assert len(document.rows) == grid**2
+        rows = torch.stack([embedding(torch.tensor(row)).sum(0) for row in document.rows])
         start = [tokenizer.bos_token_id] + ([document.sureness] if says_so else [])
         prefix = torch.cat((embedding(torch.tensor(start)), rows))
         for number in range(1, document.block[-1] + 1):
@@ -85,17 +90,79 @@ def test_a_block_sees_the_prefix_and_itself_alone(tokenizer, monkeypatch, says_s
     assert torch.allclose(grad, torch.autograd.grad(total / count, embedding.weight)[0], rtol=1e-5, atol=1e-9)
 
 
+def test_a_row_says_what_covers_its_patch():
+    """Held against pictures: the pixel in the middle of a patch, and for patches larger than things, by hand."""
+    assert language.row_words(SCENE, 3) == [
+        "top left large red circle", "top center", "top right",
+        "middle left", "middle center", "middle right small blue star",
+        "bottom left", "bottom center", "bottom right",
+    ]  # fmt: skip
+    random, grid, patch = Random(0), 14, 16
+    rows: list[tuple[bool, bool]] = []
+    for _ in range(100):
+        scene = draw_scene(random)
+        words = language.row_words(scene, grid)
+        pixels = np.asarray(render(scene, random, pixels=grid * patch)).astype(int)
+        middles = pixels[patch // 2 :: patch, patch // 2 :: patch].reshape(-1, 3)
+        ground = np.median(middles, axis=0)
+        covered = np.abs(middles - ground).sum(-1) > 60
+        rows += [(len(text.split()) == 5, bool(seen)) for text, seen in zip(words, covered, strict=True)]
+        for size in range(3, 17):  # whatever the patches, everything is in some row, and in rows of its place alone
+            said = [text for text in language.row_words(scene, size) if len(text.split()) == 5]
+            assert set(said) == {f"{t.row} {t.column} {t.size} {t.color} {t.shape}" for t in scene}
+    named, seen = (sum(row[part] for row in rows) for part in (0, 1))
+    both = sum(all(row) for row in rows)
+    assert both / seen > 0.85  # the corners of a square reach out of its circle
+    assert both / named > 0.65  # stars, crosses and triangles do not fill theirs; transposed it would be 0.28
+
+
 def test_the_patch_embedding_starts_as_a_whitening():
     """On scenes it has not seen, the leading directions have like variance; from the usual start the spread is wide."""
     torch.manual_seed(0)
     weight = vision.whitening(Random("a"))
     random = Random("b")
-    pictures = vision.pixels([render(draw_scene(random), random) for _ in range(500)])
+    scenes = [draw_scene(random) for _ in range(500)]
+    pictures = normalised(vision.drawn(scenes, random), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     for convolution, is_even in ((weight, True), (torch.randn_like(weight) * 0.02, False)):
         rows = F.conv2d(pictures, convolution, stride=24).flatten(2).transpose(1, 2).flatten(0, 1)
         variances = torch.linalg.eigvalsh(torch.cov(rows.T))  # in rising order
         spread = (variances[-1] / variances[len(variances) // 2]).item()
         assert (spread < 10) == is_even, spread
+
+
+def test_a_tower_of_any_size_learns_as_clip_does(tmp_path):
+    """The loss of a batch is that of CLIPModel's own logits for its pictures as our processor reads them from files."""
+    torch.manual_seed(0)
+    list(write_scenes(tmp_path, vision.BATCH, seed=0, pixels=48))
+    pairs = vision.read_pairs(tmp_path / "pairs.json", 48)
+    tokenizer = word_tokenizer(["and", *SCENE_WORDS])
+    model = vision.build(tokenizer, Random(0), pixels=48, patch=8, width=64, layers=1)
+    batch = vision.Batches(tokenizer, Random(1), pixels=48, pairs=pairs)[0]
+    half = vision.BATCH // 2
+    random = Random(1)
+    chosen = random.sample(range(vision.BATCH), vision.BATCH)
+    scenes = [draw_scene(random) for _ in range(half)]
+    drawn = [render(scene, random, pixels=48) for scene in scenes]
+    files = [Image.open(tmp_path / f"images/{number:05d}.jpg") for number in chosen[:half]]
+    read = CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
+    texts = [record["conversations"][1]["value"] for record in json.loads((tmp_path / "pairs.json").read_text())]
+    true = [caption(scene) for scene in scenes] + [texts[number] for number in chosen[:half]]
+    false = [caption(vision.false_scene(scene, random)) for scene in scenes]
+    words = tokenizer([*true, *false, *(texts[number] for number in chosen[half:])], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        got = next(vision.losses(model, [batch]))
+        logits = model(**words, pixel_values=read([*drawn, *files], return_tensors="pt").pixel_values).logits_per_image
+    target = torch.arange(vision.BATCH)
+    expected = F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : vision.BATCH].T, target)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_batches_that_several_processes_draw_are_of_seed_and_step():
+    tokenizer = word_tokenizer(["and", *SCENE_WORDS])
+    batches = vision.Batches(tokenizer, Random(0), seed=3)
+    for step, batch in enumerate(load_in_order(batches, range(3), workers=2)):
+        alone = vision.Batches(tokenizer, Random(f"vision 3 {step}"))[0]
+        assert all(torch.equal(*parts) for parts in zip(batch, alone, strict=True))
 
 
 def test_a_false_scene_is_false():

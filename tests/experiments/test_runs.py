@@ -43,6 +43,32 @@ def test_every_job_stands_on_jobs_before_it_and_writes_its_own_result(seed):
     assert sum("score" in job.command for job in jobs) == 5  # once for each noise
 
 
+def test_a_given_llm_and_emoji_take_the_place_of_what_is_made(tmp_path):
+    """The LLM of a folder is trained on as it is, the tower learns the emoji's names; larger sizes reach commands."""
+    seed = Seed(tmp_path / "run", 3, SIZES["smollm2"], tmp_path / "llm", tmp_path / "emoji")
+    jobs = seed.jobs(STAGE_1, STAGE_2)
+    there = {tmp_path / "llm"}
+    for job in jobs:
+        assert there.issuperset(job.needs), job.name
+        there.add(job.result)
+    commands = [" ".join(job.command) for job in jobs]
+    assert not any("demo.language" in command for command in commands)
+    assert sum(f"--model.llm {tmp_path}/llm " in command for command in commands) == len(STAGE_1)
+    emoji = next(job for job in jobs if "experiments.emoji" in job.command)
+    for job in jobs:
+        reads = job.command[2] in ("demo.vision", "experiments.measure", "experiments.noise")
+        assert (emoji.result in job.needs) == (reads and "scenes" not in job.command[3:4]), job.name
+    tower = next(command for command in commands if "demo.vision" in command)
+    assert tower.endswith(f"--pairs {seed.train_scenes}/emoji.json")
+
+    commands = [" ".join(job.command) for job in Seed(tmp_path, 3, SIZES["large"]).jobs(STAGE_1, STAGE_2)]
+    assert sum(command.endswith("--pixels 224") for command in commands) == 3  # scenes
+    tower, llm = (next(c for c in commands if f"demo.{part}" in c) for part in ("vision", "language"))
+    assert tower.endswith("--pixels 224 --patch 16 --width 384 --layers 6")
+    assert llm.endswith("--grid 14 --width 384 --layers 6")  # 14 = 224 / 16
+    assert sum("--precision bf16" in command for command in commands) == len(STAGE_1) + len(STAGE_2)
+
+
 def belongs(path: Path, result: Path) -> bool:
     """Whether a file is a job's result, a part of it, the folder it lies in, or written beside it."""
     same = path.with_suffix("") == result.with_suffix("")

@@ -17,7 +17,7 @@ import argparse
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from transformers import BatchFeature
 from transformers.utils import logging
 
 from aligngpt.batch import Example
-from aligngpt.data.llava_json import Sample
+from aligngpt.data.llava_json import Sample, read_llava_json
 from aligngpt.data.scenes import Scene, caption, parse_caption, read_scenes
 from aligngpt.data.tables import prepare_outputs, write_json
 from aligngpt.text import IMAGE_MARK, Turn
@@ -107,6 +107,23 @@ def mean_nll(readings: Sequence[Reading]) -> float:
     return torch.cat([reading.nll for reading in readings]).double().mean().item()
 
 
+def with_pictures(speaker: Speaker, samples: Sequence[Sample], pictures: Sequence[Path]) -> list[Example]:
+    """Samples of a picture each, to be read."""
+    pixels = speaker.processor.image_processor.pixels(list(pictures))
+    return [
+        Example(sample.id, speaker.processor.text(sample), image[None])
+        for sample, image in zip(samples, pixels, strict=True)
+    ]
+
+
+def with_other_pictures(examples: Sequence[Example]) -> list[Example]:
+    """The same texts, each with another's picture."""
+    return [
+        replace(example, pixel_values=other.pixel_values)
+        for example, other in zip(examples, others(list(examples)), strict=True)
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------- captions
 
 
@@ -161,7 +178,23 @@ def measure_captions(speaker: Speaker, scenes: Path) -> dict[str, Any]:
         }
         for row, (place, scene) in enumerate(list(pictures.scenes.items())[:SAMPLES])
     ]
+    if (emoji := scenes / "test/emoji.json").exists():
+        found["emoji"] = measure_names(speaker, emoji, levels)
     return found
+
+
+def measure_names(speaker: Speaker, file: Path, levels: Mapping[str, int | None]) -> dict[str, dict[str, float]]:
+    """By level the nats a token of each picture's name, given it and given another picture."""
+    samples = read_llava_json(file)
+    examples = with_pictures(speaker, samples, [file.parent / sample.images[0] for sample in samples])
+    swapped = with_other_pictures(examples)
+    return {
+        name: {
+            "name NLL": mean_nll(read(speaker, examples, level)),
+            "another picture": mean_nll(read(speaker, swapped, level)),
+        }
+        for name, level in levels.items()
+    }
 
 
 def measure_level(speaker: Speaker, pictures: Pictures, level: int | None) -> tuple[dict[str, float], list[str]]:
@@ -202,11 +235,9 @@ def measure_answers(speaker: Speaker, scenes: Path) -> dict[str, Any]:
     found = {}
     for split, number in QUESTIONS.items():
         asked = read_questions(scenes / split)[:number]
-        pixels = speaker.processor.image_processor.pixels([question.picture for question in asked])
-        examples = [
-            Example(question.sample.id, speaker.processor.text(question.sample), image[None])
-            for question, image in zip(asked, pixels, strict=True)
-        ]
+        examples = with_pictures(
+            speaker, [question.sample for question in asked], [question.picture for question in asked]
+        )
         found[split] = score_answers(speaker, asked, examples)
     return found
 
@@ -215,10 +246,7 @@ def score_answers(speaker: Speaker, asked: Sequence[Asked], examples: Sequence[E
     """Everything about one split's questions."""
     config = speaker.model.config
     answers = read(speaker, examples)
-    swapped = [
-        replace(example, pixel_values=other.pixel_values)
-        for example, other in zip(examples, others(list(examples)), strict=True)
-    ]
+    swapped = with_other_pictures(examples)
     presence = [
         (speaker.processor.decode(reading.likeliest[:1]).strip() == "yes", question.answer == "yes")
         for question, reading in zip(asked, answers, strict=True)

@@ -193,6 +193,20 @@ def stage_1(sizes: str, results: Sequence[Result]) -> Iterator[str]:
             rows.append([noise, common(facts[OURS]), clip, *cells])
         minus = [f"8 levels − {rival}" for rival in (NONE, QUARTER)]
         yield table([measure.head, "seeds", "CLIP", OURS, TRUE, NONE, QUARTER, *minus], rows)
+    if names := names_table(results):
+        yield names
+
+
+def names_table(results: Sequence[Result]) -> str:
+    """Of the emoji beside the scenes, where there were any; a name has no validation, so the highest level is asked."""
+    rows = []
+    for arm in MAIN:
+        found = {seed: of[max(of)] for seed, of in read(results, "stage 1", arm, "emoji").items()}
+        nll, other = ({seed: of[key] for seed, of in found.items()} for key in ("name NLL", "another picture"))
+        rows.append([arm, common(nll), spread(nll), spread(other), difference(nll, other, -1)])
+    head = ["arm, at its highest level", "seeds", "name NLL", "with another picture", "difference"]
+    said = "Nats a token of the names of emoji that neither tower nor stage 1 saw. The tower learned the others' names."
+    return f"### Emoji beside the scenes\n\n{said}\n\n{table(head, rows)}" if any(row[1] != "0" for row in rows) else ""
 
 
 def values_table(results: Sequence[Result], arms: Sequence[str]) -> str:

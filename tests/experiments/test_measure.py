@@ -84,6 +84,26 @@ def test_captions_score_as_the_demos_and_the_true_ones_have_the_models_likelihoo
     assert sample["captions"]["2"] == speaker.say([words[1][0]], [""], level=2)[0]
 
 
+def test_names_are_read_with_their_picture_and_with_another(scenes, tmp_path):
+    speaker, names = make_speaker("plain"), ("red circle", "blue star", "small square")
+    pictures = [scenes / f"test/images/{place:05d}.jpg" for place in range(3)]
+    records = [
+        {
+            "id": name,
+            "image": str(picture.relative_to(scenes)),
+            "conversations": [{"from": "human", "value": "<image>\n"}, {"from": "gpt", "value": name}],
+        }
+        for name, picture in zip(names, pictures, strict=True)
+    ]
+    file = scenes / "names.json"
+    file.write_text(json.dumps(records))
+    found = measure.measure_names(speaker, file, {"2": 2})["2"]
+    words = [f"{name} \n" for name in names]
+    for measured, shown in (("name NLL", pictures), ("another picture", [pictures[1], pictures[2], pictures[0]])):
+        expected = nats(speaker, [(picture, "", text) for picture, text in zip(shown, words, strict=True)], 2)
+        assert found[measured] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_model_without_a_token_has_one_level(scenes, tmp_path, monkeypatch):
     """The command, on a folder; the number of pictures is cut."""
     speaker = make_speaker("plain", "none")

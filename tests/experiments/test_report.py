@@ -1,5 +1,6 @@
 """What the page says of made-up results, and that the committed one says what the committed results give."""
 
+import copy
 import io
 import re
 from random import Random
@@ -180,6 +181,16 @@ def test_tables_hold_means_and_spreads(results, page):
 def test_the_gate_is_inert_below_a_stated_bound():
     assert "**inert**" in report.gate_said([made_up(0, bits=0.009)])
     assert "**not inert**" in report.gate_said([made_up(0, bits=0.011)])
+
+
+def test_emoji_have_a_table_where_they_were_measured(results, page):
+    assert "Emoji" not in page
+    for number, result in enumerate(with_emoji := copy.deepcopy(results)):
+        lower, highest = ({"name NLL": nll, "another picture": 4.0} for nll in (9.0, 1.0 + number))
+        result["stage 1"]["8 levels"]["emoji"] = {"6": lower, "7": highest}
+    (row,) = (row for row in rows(report.page({"smollm2": with_emoji}), "8 levels") if len(row) == 5)
+    assert row[2:4] == ["2.000 ± 1.000", "4.000 ± 0.000"]
+    assert row[4].startswith("−2.000")
 
 
 def test_what_is_missing_is_a_dash():

@@ -186,6 +186,7 @@ class Seed:
         questions = self.train_scenes / "questions.json"
         options = ["--model.init", str(start), "--data.path", str(questions), "--data.template", "chat", *TRAINING]
         options += ["--model.align-mode", arm.mode] + (["--model.random-table"] if arm.random_table else [])
+        options += arm.options
         budget = (self.sizes.stage_2_batch, self.sizes.stage_2_rate, self.sizes.stage_2_steps)
         return self.training(arm, "finetune", options, budget, [start, self.train_scenes])
 

@@ -85,12 +85,13 @@ class CaptionArm:
 
 @dataclass(frozen=True)
 class AnswerArm:
-    """A run of stage 2. start: the arm of stage 1 that it goes on from."""
+    """A run of stage 2. start: the arm of stage 1 that it goes on from. options: what else differs, as it is typed."""
 
     name: str
     mode: Literal["adaptive", "local", "global", "average", "none"]
     start: str = "8 levels"
     random_table: bool = False
+    options: tuple[str, ...] = ()
     stage = "stage-2"
 
 
@@ -125,5 +126,7 @@ STAGE_2 = (
     AnswerArm("global", "global"),
     AnswerArm("average", "average"),
     AnswerArm("random table", "adaptive", random_table=True),
+    AnswerArm("gate frozen", "adaptive", options=("--model.train", "llm", "projector")),
+    AnswerArm("gate rate x 10", "adaptive", options=("--optim.align-lr", "0.01")),
     AnswerArm("no token", "none", start="no token"),
 )

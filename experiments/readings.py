@@ -46,7 +46,8 @@ OURS, NONE, QUARTER, TRUE = "8 levels", "no token", "top quarter", "true levels"
 MAIN = (OURS, NONE, QUARTER, TRUE, "random levels", "one constant token")
 CUTS = (OURS, "2 levels", "4 levels", "16 levels", "8 levels, equal range")
 NUM_LEVELS, FIRST_NOISE, OWN = 8, "uniform 0.5", "the pairs' own"
-MODES = ("adaptive", "local", "global", "average", "random table", NONE)
+FROZEN = "gate frozen"
+MODES = ("adaptive", "local", "global", "average", "random table", FROZEN, "gate rate x 10", NONE)
 
 
 def load(folder: Path = ROOT / RESULTS) -> dict[str, list[Result]]:

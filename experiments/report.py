@@ -90,8 +90,8 @@ objects.
 AlignGPT, CLIP scores cut into equal counts. *no token*: LLaVA. *top quarter*: no token, and only the quarter of the
 pairs with the best CLIP scores. *true levels*: cut by true alignment, what perfect scores would give. *random levels*,
 *one constant token*: tokens that say nothing. **Arms of stage 2**, on the same questions: the modes of the gate, each
-from the stage 1 with 8 levels; *random table*: adaptive, with a table of random numbers; *no token*: LLaVA, from its
-stage 1.
+from the stage 1 with 8 levels; *random table*: adaptive, with a table of random numbers; *gate frozen*: adaptive, the
+gate left as it was drawn; *gate rate x 10*: adaptive, its rate ten times as high; *no token*: LLaVA, from its stage 1.
 
 **Seeds.** Each changes data, noise, CLIP tower, LLM and training together; arms are compared within a seed. Intervals
 are 95 %, of paired differences, by Student's t with a degree of freedom less than seeds. ▲ (better) and ▼ (worse) mark

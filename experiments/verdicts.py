@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.readings import (
     CUTS,
+    FROZEN,
     MODES,
     NONE,
     NUM_LEVELS,
@@ -31,7 +32,6 @@ from experiments.readings import (
 from experiments.statistics import Estimate, estimate, never_falls, paired
 
 UNMEASURED = "Unmeasured."
-INERT_BITS = 0.01  # of mutual information between kind of question and level, below which the gate is called inert
 WORDS = {1: "better", 0: "no difference seen", -1: "worse", None: "undecided: one seed"}
 MARKS = {1: " ▲", 0: "", -1: " ▼", None: ""}
 
@@ -61,8 +61,8 @@ def verdict(ours: Values, rival: Values, better: int = 1) -> int | None:
     return None if found is None or found.sign is None else found.sign * better
 
 
-def word(ours: Values, rival: Values) -> str:
-    return WORDS[verdict(ours, rival)] if paired(ours, rival) else "unmeasured"
+def word(ours: Values, rival: Values, better: int = 1) -> str:
+    return WORDS[verdict(ours, rival, better)] if paired(ours, rival) else "unmeasured"
 
 
 def difference(ours: Values, rival: Values, better: int = 1) -> str:
@@ -71,14 +71,14 @@ def difference(ours: Values, rival: Values, better: int = 1) -> str:
     return f"{signed(found.mean)} ({interval(found)}){MARKS[verdict(ours, rival, better)]}" if found else "—"
 
 
-def compared(ours: Values, rival: Values) -> str:
+def compared(ours: Values, rival: Values, better: int = 1) -> str:
     """Both means over the seeds that both have, and what their difference allows to say."""
     found = paired(ours, rival)
     if found is None:
         return "unmeasured"
     mean, other = (fmean(values[seed] for seed in ours.keys() & rival.keys()) for values in (ours, rival))
     said = f"difference {signed(found.mean)}, 95 % interval {interval(found)}, {seeds(found.seeds)}"
-    return f"{mean:.3f} against {other:.3f}, **{word(ours, rival)}** ({said})"
+    return f"{mean:.3f} against {other:.3f}, **{word(ours, rival, better)}** ({said})"
 
 
 def seeds(number: int) -> str:
@@ -139,13 +139,18 @@ def obeyed(results: Sequence[Result]) -> str:
 
 
 def gate_said(results: Sequence[Result]) -> str:
-    bits = answers(results, "adaptive", "gate", "mutual information")
-    if not bits:
+    """Called inert where training it makes no difference that is seen, beside a gate that stays as it was drawn."""
+    right, right_drawn = (accuracy(results, arm) for arm in ("adaptive", FROZEN))
+    nats, nats_drawn = (answers(results, arm, "answer NLL") for arm in ("adaptive", FROZEN))
+    bits, bits_drawn = (answers(results, arm, "gate", "mutual information") for arm in ("adaptive", FROZEN))
+    if not paired(right, right_drawn):
         return "is unmeasured."
-    inert = "inert" if fmean(bits.values()) < INERT_BITS else "not inert"
+    found = {verdict(right, right_drawn), verdict(nats, nats_drawn, -1)}
+    inert = "not inert" if found & {1, -1} else "inert" if found == {0} else "undecided"
     return (
-        f"is **{inert}**: a level drawn by its weights tells {spread(bits, 4)} bits about the kind of question "
-        f"({seeds(len(bits))}; below {INERT_BITS} is called inert)."
+        f"is **{inert}**. Trained, against left as it was drawn: mean accuracy {compared(right, right_drawn)}; "
+        f"nats a token of the right answer {compared(nats, nats_drawn, -1)}. A level drawn by its weights tells "
+        f"{spread(bits)} bits about the kind of question, and {spread(bits_drawn)} where the gate was never trained."
     )
 
 

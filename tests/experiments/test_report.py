@@ -178,9 +178,20 @@ def test_tables_hold_means_and_spreads(results, page):
     ]
 
 
-def test_the_gate_is_inert_below_a_stated_bound():
-    assert "**inert**" in report.gate_said([made_up(0, bits=0.009)])
-    assert "**not inert**" in report.gate_said([made_up(0, bits=0.011)])
+def test_the_gate_is_inert_where_training_it_changes_nothing_that_is_seen():
+    def said(*right_where_frozen: float) -> str:
+        results = [made_up(seed, bits=0.3) for seed in range(len(right_where_frozen))]
+        for result, right in zip(results, right_where_frozen, strict=True):
+            result["stage 2"]["gate frozen"] = {"test": answer_arm(right, bits=0.2)}
+        return report.gate_said(results)
+
+    assert "**inert**" in said(0.91, 0.89, 0.9)
+    assert "0.300 ± 0.000 bits about the kind of question, and 0.200 ± 0.000 where" in said(0.91, 0.89, 0.9)
+    assert said(0.81, 0.79, 0.8).startswith("is **not inert**")
+    assert "0.900 against 0.800, **better**" in said(0.81, 0.79, 0.8)
+    assert "**not inert**" in said(0.96, 0.97, 0.95), "training it does harm"
+    assert "**undecided**" in said(0.8)
+    assert report.gate_said([made_up(0)]) == "is unmeasured."
 
 
 def test_emoji_have_a_table_where_they_were_measured(results, page):

@@ -102,7 +102,8 @@ def test_arms_differ_in_nothing_but_what_they_are(seed):
     found = {name: flat(dataclasses.asdict(config)) for name, config in configs(seed).items()}
     assert len(found) == len(STAGE_1) + len(STAGE_2)
     own = {"run_dir", "data.path", "data.levels", "data.levels_hash", "model.align_mode", "model.num_levels"}
-    for stage, more in (("stage-1", set()), ("stage-2", {"model.init", "model.random_table"})):
+    of_answers = {"model.init", "model.random_table", "model.train", "optim.align_lr"}
+    for stage, more in (("stage-1", set()), ("stage-2", of_answers)):
         first, *others = [config for name, config in found.items() if name.startswith(stage)]
         for other in others:
             assert {name for name in first if first[name] != other[name]} <= own | more

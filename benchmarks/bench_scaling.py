@@ -478,9 +478,13 @@ def world_case(size: Size, samples: int, processes: int) -> Case:
 def model_cases(
     size: Size, dtype: torch.dtype, powers: range, tokens: Sequence[int], cached: Sequence[int], answers: Sequence[int]
 ) -> list[Case]:
-    """powers: of two, by which samples, images and prompts grow."""
+    """powers: of two, by which samples, images and prompts grow.
+
+    A step begins with two times BASE samples: on a CPU what a smaller one holds lies in the cache, and what grows out of
+    that costs more than in proportion.
+    """
     return [
-        *(step_case(size, dtype, BASE << power - powers[0]) for power in powers),
+        *(step_case(size, dtype, BASE << power + 1) for power in powers),
         *(sequence_case(size, dtype, count, None) for count in tokens),
         *(sequence_case(size, dtype, count, EACH) for count in tokens),
         *(images_case(size, dtype, 1 << power) for power in powers),

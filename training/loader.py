@@ -45,6 +45,7 @@ T = TypeVar("T")
 
 CHARACTERS_PER_TOKEN = 4  # enough to sort by; nothing else depends on it
 ATTEMPTS = 10  # samples tried for one place in a batch
+LEAVE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -349,8 +350,8 @@ def _decoded_ahead(
 ) -> Iterator[Loaded]:
     """What the loader gives, decoded in order by a thread that keeps `prefetch` steps in hand.
 
-    Nothing waits for the thread: a worker that hangs must not keep the process from ending. Once this is closed, the
-    thread ends with the item it is at.
+    Once this is closed, the thread ends with the item it is at. That is waited for, since a process that ends while its
+    thread is in C++ code is aborted; for LEAVE_SECONDS at most, since a worker that hangs must not keep it from ending.
     """
     decode = samples.decoder(device)
     ready: queue.Queue[Loaded | BaseException | None] = queue.Queue(prefetch)
@@ -359,14 +360,15 @@ def _decoded_ahead(
     def work() -> None:
         try:
             for part, loaded in loader:
-                ready.put(samples.decoded(part, loaded, decode))
                 if closed.is_set():
                     return
+                ready.put(samples.decoded(part, loaded, decode))
             ready.put(None)
         except BaseException as error:  # whatever it is, the consumer must not wait for ever
             ready.put(error)
 
-    threading.Thread(target=work, name="pixels", daemon=True).start()
+    thread = threading.Thread(target=work, name="pixels", daemon=True)
+    thread.start()
     try:
         while True:
             with waiting_for_workers():
@@ -380,3 +382,4 @@ def _decoded_ahead(
         closed.set()
         while not ready.empty():  # makes room for what the thread still puts
             ready.get()
+        thread.join(LEAVE_SECONDS)

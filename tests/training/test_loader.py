@@ -379,8 +379,9 @@ def test_decoding_ahead_keeps_the_order_and_hands_its_exceptions_over() -> None:
         next(stream)
 
 
-def test_decoding_ahead_is_closed_without_waiting_for_a_loader_that_hangs() -> None:
-    """The thread ends with the item it is at. Were it waited for, `close` would not come back."""
+def test_decoding_ahead_is_closed_without_waiting_long_for_a_loader_that_hangs(monkeypatch) -> None:
+    """The thread ends with the item it is at. Were that waited for without end, `close` would not come back."""
+    monkeypatch.setattr(loader, "LEAVE_SECONDS", 0.1)
     hangs, goes_on = threading.Event(), threading.Event()
     threads = []
 
@@ -413,5 +414,4 @@ def test_decoding_ahead_is_closed_while_its_thread_waits_for_room() -> None:
     stream = decoded_ahead(items(), lambda item: item)
     assert next(stream) == 0
     stream.close()
-    threads[0].join(60)
-    assert not threads[0].is_alive()
+    assert not threads[0].is_alive(), "it was waited for: a process that ends beside it may be aborted"

@@ -90,7 +90,7 @@ bench-gpu:
 # Every case on this machine, whatever it has, into RESULTS; it goes on from where it stopped.
 SECONDS ?= 3600
 bench-record: install
-	$(BIN)/python -m benchmarks.run --results $(RESULTS) --seconds $(SECONDS)
+	$(BIN)/python -m benchmarks.run --full --results $(RESULTS) --seconds $(SECONDS)
 
 bench-check: install
 	$(BIN)/python -m benchmarks.check

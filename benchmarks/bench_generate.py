@@ -288,6 +288,7 @@ class Answering:
             found["ms_per_token"] = round(1e3 * (seconds - first) / (work.new - 1), 4)
         found |= {
             "new_tokens": work.new,
+            "weight_bytes": weight_bytes(work),
             "new_tokens_per_second": round(work.requests * work.new / seconds, 2),
             "answers_per_second": round(work.requests / seconds, 3),
             "first_call_seconds": round(self.first_seconds, 2),
@@ -457,7 +458,7 @@ def stage_work(work: Work, sampled: int) -> dict[str, StageWork]:
         "gate": StageWork(
             images,
             "samples",
-            vectors / 2,
+            work.pictures * vectors / 2,
             text_mean_flops(words, size.width)
             + align_gate_flops(rows, images, size.width, gate_weights(work.rows_per_image), shapes.LEVELS),
         ),

@@ -232,6 +232,9 @@ def run_case(
             details = case.contenders[name].details
             if "us" in found and details is not None:
                 found |= details(runs[name][0], inputs[0], timing.seconds)
+                counted = found.get("bytes", 0), found.get("flops", 0)
+                if top is not None and any(counted) and case.stage not in OFF_DEVICE:
+                    found["share_of_ceiling"] = round(top.seconds(*counted) / timing.seconds, 4)
         except Exception as error:
             fail(name, error)
             continue

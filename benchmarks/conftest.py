@@ -9,6 +9,7 @@ device reaches, so that --benchmark-compare shows the last run beside this one.
 """
 
 import gc
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ STORAGE = "file://./.benchmarks"
 COLUMNS = ["median", "iqr", "min", "rounds"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RECORDS, TOP = pytest.StashKey[dict[str, dict[str, Any]]](), pytest.StashKey[Ceilings]()
+BEGAN = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--probe-seconds", type=float, help="of streams and products at the start; otherwise 20, or 1 with --quick"
     )
+    parser.addoption("--seconds", type=float, default=540, help="after which no further case begins; default: 540")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
@@ -94,6 +97,8 @@ def in_turns(benchmark: Any, top: Ceilings, request: pytest.FixtureRequest) -> I
     """
 
     def run(case: Case) -> dict[str, dict[str, Any]]:
+        if time.monotonic() - BEGAN > (seconds := request.config.getoption("seconds")):
+            pytest.skip(f"--seconds {seconds:g} are over; make bench-record measures every case, and goes on")
         timings: dict[str, Timing] = {}
         seconds = 0.05 if request.config.getoption("quick") else 0.3
         results = run_case(case, DEVICE, top, seconds=seconds, timings=timings)

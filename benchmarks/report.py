@@ -57,7 +57,7 @@ else; a test fails when this page says anything different.
 **To repeat it**, in a clone of this repository:
 
 ```bash
-make bench          # pytest benchmarks/: every stage on this machine, CPU or GPU
+make bench          # pytest benchmarks/: every stage on this machine, CPU or GPU, in under ten minutes
 .venv/bin/pytest benchmarks --quick   # the smallest cases, under a minute
 make bench-record   # into benchmarks/results/<device>.json; run again, it goes on where it stopped
 make bench-gpu      # the same on a GPU, with the python3 that is there, in pieces of under eight minutes
@@ -72,7 +72,8 @@ with quartiles. *Times as fast* is a contender's time divided by ours, so **bold
 behind it stand the quartiles over pairs of the same round. *Ceiling* is what large copies and matrix products reached
 on the same machine in the same run; a share of it is the least time that the counted bytes and FLOPs need, divided by
 the measured one. *Memory* is the peak beyond inputs and results, *waits* are those of the host for the device. A dash
-is a number that was not measured. † marks a case measured with older code than the newest of its file.
+is a number that was not measured. † marks a case measured with older code than the newest
+of its kind in the same results file; what changed since that one is not marked.
 """
 CHANCE = """\
 On a CPU ops run as plain PyTorch, so *reference* is our own code under another name: its ratios show what chance does.
@@ -163,7 +164,7 @@ def amount(value: float | None, unit: str) -> str:
 
 def duration(us: float) -> str:
     for unit, size in (("s", 1e6), ("ms", 1e3)):
-        if us >= size:
+        if abs(us) >= size:
             return f"{number(us / size)} {unit}"
     return f"{number(us)} µs"
 
@@ -285,6 +286,8 @@ def breakdown_table(whole: Breakdown, content: Content) -> str:
     rows = [row(part) for part in whole.parts]
     rows.append(["*sum of the stages*", duration(whole.sum_us), of_whole(whole.sum_us), *empty])
     rows += [[f"rest: {part.name}", duration(part.us), of_whole(part.us), *empty] for part in whole.rest]
+    over = whole.sum_us + sum(part.us for part in whole.rest) - whole.whole_us
+    rows.append(["*marked steps took longer by*", duration(over), of_whole(over), *empty])
     waited = "—" if whole.syncs is None else f"{whole.syncs:g}"
     rows.append(["**the whole**", duration(whole.whole_us), "100 %", *empty[:4], amount(whole.peak_bytes, "B"), waited])
     head = ["stage", "time", "of the whole", "done", "bytes", "FLOPs", "of the ceiling", "memory", "waits"]
@@ -420,6 +423,8 @@ def plan_table(content: Content) -> str:
             total = f"{found['total_error']:+.1%}" if "total_error" in found else "—"
             named = case + OLD * is_old(record, content)
             rows.append([named, duration(predicted), duration(measured), f"{predicted / measured - 1:+.1%}", total])
+        elif stage_of(record) == PLAN and "us" not in found:
+            rows.append([case, record.get("failed") or reason(found), *["—"] * 3])
     head = "run", "a step, predicted", "measured", "off by", "all steps together"
     return f"### What a plan predicts of a run\n\n{table(head, rows)}" if rows else ""
 

@@ -164,6 +164,10 @@ def is_noisy(record: Mapping[str, Any]) -> bool:
 
 
 def is_current(record: Mapping[str, Any], content: Mapping[str, Any]) -> bool:
-    """Whether a case was measured with the code of its file's last writer, who may have run other cases only."""
-    code = content["codes"].get(record["file"]) if "file" in record else content.get("code")
+    """Whether a case was measured with the code of its file's last writer, who may have run other cases only.
+
+    One that names no file is older than any that does.
+    """
+    codes = content.get("codes", {})
+    code = codes.get(record["file"]) if "file" in record else None if codes else content.get("code")
     return record["code"] == code and record.get("training_code") in (None, content.get("training_code"))

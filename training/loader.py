@@ -17,10 +17,12 @@ takes. Where PIL decodes, the workers do it, and the thread normalises; where DA
 files, and the thread decodes them.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import queue
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -360,9 +362,9 @@ def _decoded_ahead(
     def work() -> None:
         try:
             for part, loaded in loader:
+                ready.put(samples.decoded(part, loaded, decode))
                 if closed.is_set():
                     return
-                ready.put(samples.decoded(part, loaded, decode))
             ready.put(None)
         except BaseException as error:  # whatever it is, the consumer must not wait for ever
             ready.put(error)
@@ -380,6 +382,7 @@ def _decoded_ahead(
             yield item
     finally:
         closed.set()
-        while not ready.empty():  # makes room for what the thread still puts
-            ready.get()
-        thread.join(LEAVE_SECONDS)
+        end = time.monotonic() + LEAVE_SECONDS
+        while thread.is_alive() and time.monotonic() < end:
+            with contextlib.suppress(queue.Empty):
+                ready.get(timeout=0.02)  # makes room for what the thread still puts

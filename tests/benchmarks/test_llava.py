@@ -13,9 +13,21 @@ import torch
 from transformers.models.llama import modeling_llama
 
 from benchmarks import bench_step, lengths, plain
-from benchmarks.bench_llava import COMPILED, LIGER, LLAVA, LLAVA_MICRO, WITHOUT, cost_case, forward_case, step_case
+from benchmarks.bench_llava import (
+    COMPILED,
+    LIGER,
+    LLAVA,
+    LLAVA_MICRO,
+    WITHOUT,
+    cost_case,
+    done,
+    forward_case,
+    step_case,
+)
 from benchmarks.bench_step import leave_world
 from benchmarks.case import Case, check
+from benchmarks.work import ADAMW_FLOPS
+from training.flops import count_flops
 
 CPU = torch.device("cpu")
 PLAIN = "plain loop, torch.compile"
@@ -104,3 +116,34 @@ def test_the_token_is_one_of_each_sample_with_an_image(stage):
     assert cost.steps["ours"].supervised_tokens == cost.steps[WITHOUT].supervised_tokens
     found = checked(dataclasses.replace(case, make=lambda device: cost))
     assert not any("wrong" in record for record in found.values()), found
+
+
+def test_work_without_a_token_is_that_of_training_and_the_optimizer():
+    """Of two steps; no gate is counted."""
+    cost = cost_case(LLAVA_MICRO, "finetune", torch.float32).make(CPU)
+    step, model = cost.steps[WITHOUT], bench_step.whole_model(cost.sizes[WITHOUT], cost.config)
+    found = bench_step.counted(list, cost.sizes[WITHOUT], cost.config, [step, step])
+    counted = count_flops(model).of(tokens=step.tokens, supervised_tokens=step.supervised_tokens, images=step.images)
+    rows = step.images * model.config.image_seq_length
+    to_tower = 2 * rows * model.model.multi_modal_projector.linear_1.weight.numel()
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert found["flops"] == 2 * (counted - to_tower + ADAMW_FLOPS * trained)
+    assert found["syncs"] == 0
+
+
+def test_work_of_a_forward_pass_is_its_products():
+    """A head for each token, no loss, no gradient."""
+    forward = forward_case(LLAVA_MICRO, torch.float32).make(CPU)
+    found = done(list, forward, 1.0)
+    model, tokens = forward.model, forward.packed.num_tokens
+    inner, images = model.model, len(forward.packed.pixel_values)
+    rows = images * model.config.image_seq_length
+
+    def weights(module):
+        return sum(part.weight.numel() for part in module.modules() if isinstance(part, torch.nn.Linear))
+
+    tower = (rows + images) * weights(inner.vision_tower)
+    patches = [part for part in inner.vision_tower.modules() if isinstance(part, torch.nn.Conv2d)]
+    tower += rows * sum(part.weight.numel() for part in patches)
+    language = tokens * (weights(inner.language_model) + model.lm_head.weight.numel())
+    assert found["flops"] == 2 * (tower + rows * weights(inner.multi_modal_projector) + language)

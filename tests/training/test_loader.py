@@ -404,12 +404,14 @@ def test_decoding_ahead_is_closed_without_waiting_long_for_a_loader_that_hangs(m
     assert not threads[0].is_alive()
 
 
-def test_decoding_ahead_is_closed_while_its_thread_waits_for_room() -> None:
+@pytest.mark.parametrize("number", [2, 3, 4, 100])
+def test_decoding_ahead_is_closed_while_its_thread_waits_for_room(number: int) -> None:
+    """With so many items in all: the thread may be at the last one, or have nothing to put but the end."""
     threads = []
 
     def items() -> Iterator[Any]:
         threads.append(threading.current_thread())
-        yield from range(100)
+        yield from range(number)
 
     stream = decoded_ahead(items(), lambda item: item)
     assert next(stream) == 0

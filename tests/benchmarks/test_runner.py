@@ -656,11 +656,13 @@ def test_other_code_of_one_file_leaves_the_others_cases(results):
     assert names(changed.left(cases)) == []
 
 
-def test_records_from_before_files_were_told_apart_remain(results):
+def test_records_from_before_files_were_told_apart_remain_and_are_older_than_those_that_name_one(results):
     old, older = ({**record("gate", {"ours": 1}), "code": code} for code in ("then", "before"))
     write_json(results().path, {"code": "then", "cases": {"a": old, "b": older}})
+    assert list(requirements.finished(results().content)) == ["a"]
     assert run([make_case("c")], results()) == 0
-    assert list(requirements.finished(results().content)) == ["a", "c"]
+    assert list(results().content["cases"]) == ["a", "b", "c"]
+    assert list(requirements.finished(results().content)) == ["c"]
     assert names(results().left([make_case("a"), make_case("c")])) == ["a"]
 
 

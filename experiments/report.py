@@ -2,7 +2,8 @@
 
 `--check` writes nothing and fails where a page does not say, or a picture does not show, what the files give. An arm or
 a seed that was not measured is a dash. Every verdict follows from a 95 % interval by one rule: one that contains 0 is
-"no difference seen", any other "better" or "worse". Without any results the command refuses.
+"no difference seen", any other "better" or "worse". Without any results, or with results of different sizes in one
+folder, the command refuses.
 """
 
 import argparse
@@ -97,7 +98,7 @@ with two or three objects.
 
 **The LLM favours levels.** It has read documents in which one word says how sure the author is, in the place where the
 alignment token will stand, of captions with uniform noise ([demo/language.py](../demo/language.py)). The arms *plain
-LLM* have one that has read the same without that word; where the LLM is given, as for smollm2, there are none.
+LLM* have one that has read the same without that word. A given LLM, that of smollm2, has read no such documents.
 
 **Arms of stage 1**, of the same steps, batch and rate, and of the noise *uniform 0.5* where none is named. *8 levels*:
 AlignGPT, CLIP scores cut into equal counts. *no token*: LLaVA. *top quarter*: no token, and only the quarter of the
@@ -159,16 +160,8 @@ def runs(files: Files) -> str:
         device = ", ".join(sorted({*read(results, "device").values()}))
         commits = {commit_name(name) for names in read(results, "commits").values() for name in names}
         seed = ", ".join(map(str, read(results)))
-        rows.append(
-            [
-                sizes,
-                seed,
-                f"{number or '—'}",
-                spread(read(results, "job minutes"), 0),
-                device,
-                ", ".join(sorted(commits)),
-            ]
-        )
+        minutes = spread(read(results, "job minutes"), 0)
+        rows.append([sizes, seed, f"{number or '—'}", minutes, device, ", ".join(sorted(commits))])
         counts = {name: of for name, of in results[0].get("sizes", {}).items() if name not in ("validation", "test")}
         listed = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items())
         said.append(f"Sizes of {sizes}: {listed or '—'}. Measured, at most: {measured(results[0])}.\n")
@@ -184,7 +177,7 @@ def measured(result: Result) -> str:
     pictures, questions = found["pictures"], found["questions"]
     return (
         f"{pictures['validation']} validation and {pictures['test']} test pictures, {questions['test']} test questions "
-        f"and of them, at fixed levels, the first {found['questions by level']}"
+        f"(at fixed levels the first {found['questions by level']})"
     )
 
 
@@ -443,7 +436,11 @@ def differences(files: Files, root: Path = ROOT) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page differs from the files")
-    check, files = parser.parse_args(arguments).check, load()
+    check = parser.parse_args(arguments).check
+    try:
+        files = load()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if not files:
         print(f"error: {RESULTS} holds no <sizes>/seed-<n>.json; `make evidence` makes them")
         return 1

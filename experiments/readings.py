@@ -130,8 +130,10 @@ def correlations(found: Rows) -> Values:
 
 
 def own(results: Sequence[Result]) -> Rows:
-    """How much of the training captions of each level is true, counted as the models' captions are."""
-    return read(results, "noise", FIRST_NOISE, "mean true facts")
+    """How much of the training captions of each level is true, counted as the models' captions are. A seed in which a
+    level has none to count is left out."""
+    found = read(results, "noise", FIRST_NOISE, "mean true facts")
+    return {seed: values for seed, values in found.items() if None not in values}
 
 
 def sampled(results: Sequence[Result]) -> tuple[int, Sequence[Mapping[str, Any]]]:

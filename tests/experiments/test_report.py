@@ -288,6 +288,13 @@ def test_what_is_missing_is_a_dash():
     report.drawings({"small": [{"seed": 3}]})[report.PICTURES / "small-levels.svg"].content()
 
 
+def test_a_seed_in_which_a_level_has_no_captions_to_count_is_left_out(results):
+    uncounted = copy.deepcopy(results)
+    uncounted[1]["noise"]["uniform 0.5"]["mean true facts"][0] = None
+    assert rows(report.page({"small": uncounted}), "the pairs' own")[0][1:3] == ["2", "0.400"]
+    assert report.drawings({"small": uncounted})[report.PICTURES / "small-levels.svg"].content()
+
+
 def test_a_page_or_picture_of_other_results_is_found(tmp_path, results):
     files = {"small": results}
     (tmp_path / "README.md").write_text(f"{report.OPENING}{report.CLOSING}\n", encoding="utf-8")

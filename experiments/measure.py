@@ -3,7 +3,8 @@
     stage-1   captions at every level the model has: what of them is true, and how likely the true one is
     stage-2   answers by kind of question, at fixed levels too, beside references; what the gate goes by
 
-SCENES holds the folders `validation` and `test`, drawn by `aligngpt.data.scenes`; scenes of one object are left out.
+SCENES holds the folders `validation` (stage 1 alone) and `test`, drawn by `aligngpt.data.scenes`; scenes of one object
+are left out.
 Level "none" is that of a model without an alignment token.
 
 Captions are generated, greedily and sampled. All else is read off a single pass over a prompt and its right
@@ -20,6 +21,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -46,9 +48,9 @@ from demo.evaluate import (
 )
 
 BATCH = 250
-# The first so many of a split: choices need fewer than what is reported, and 30 models of eight levels are measured.
+# The first so many of a split: choices need fewer than what is reported, and each model is read at all its levels.
 PICTURES = {"validation": 200, "test": 600}
-QUESTIONS = {"validation": 800, "test": 2400}
+QUESTIONS = {"test": 2400}  # nothing is chosen by them
 QUESTIONS_BY_LEVEL = 800
 SAMPLES = 6
 
@@ -229,15 +231,14 @@ def hallucination(captions: Sequence[str], scenes: Sequence[Scene]) -> float:
 
 
 def measure_answers(speaker: Speaker, scenes: Path) -> dict[str, Any]:
-    """Scores by split."""
+    """Scores on the test split."""
     if speaker.processor.template == "plain":
         raise ValueError("model writes in the template 'plain'; stage 2 needs one for questions")
     found = {}
     for split, number in QUESTIONS.items():
         asked = read_questions(scenes / split)[:number]
-        examples = with_pictures(
-            speaker, [question.sample for question in asked], [question.picture for question in asked]
-        )
+        pictures = [question.picture for question in asked]
+        examples = with_pictures(speaker, [question.sample for question in asked], pictures)
         found[split] = score_answers(speaker, asked, examples)
     return found
 
@@ -262,16 +263,29 @@ def score_answers(speaker: Speaker, asked: Sequence[Asked], examples: Sequence[E
         "answer NLL": mean_nll(answers),
     }
     if config.align_mode != "none":
-        by_level = [read(speaker, examples[:QUESTIONS_BY_LEVEL], level) for level in range(config.num_align_levels)]
-        found["answer NLL by level"] = [mean_nll(readings) for readings in by_level]
-        found["accuracy by level"] = [sum(r.is_said for r in readings) / len(readings) for readings in by_level]
+        few, own = asked[:QUESTIONS_BY_LEVEL], answers[:QUESTIONS_BY_LEVEL]
+        by_level = [read(speaker, examples[: len(few)], level) for level in range(config.num_align_levels)]
+        found["by level"] = {
+            "accuracy": [mean_accuracy(few, readings) for readings in by_level],
+            "NLL": [mean_nll(readings) for readings in by_level],
+            "own accuracy": mean_accuracy(few, own),
+            "own NLL": mean_nll(own),
+        }
     if config.align_mode in ("adaptive", "local"):
         found["gate"] = describe_gate(speaker, [question.kind for question in asked], examples)
     return found
 
 
+def mean_accuracy(asked: Sequence[Asked], answers: Sequence[Reading]) -> float:
+    """Each kind of question counts the same."""
+    return fmean(accuracies(asked, [reading.is_said for reading in answers]).values())
+
+
 def score_presence(said: Sequence[tuple[bool, bool]]) -> dict[str, float]:
-    """As POPE's, of pairs: whether "yes" was said, and whether it is right. 0 where there is nothing to divide by."""
+    """As POPE's, of pairs: whether "yes" was said, and whether it is right. 0 where there is nothing to divide by.
+
+    yes share: of what was said; yes among answers: of what is right.
+    """
     count = Counter(said)
     hits, claims, there = (
         count[True, True],
@@ -283,6 +297,7 @@ def score_presence(said: Sequence[tuple[bool, bool]]) -> dict[str, float]:
         "recall": hits / max(there, 1),
         "F1": 2 * hits / max(claims + there, 1),
         "yes share": claims / max(len(said), 1),
+        "yes among answers": there / max(len(said), 1),
     }
 
 

@@ -2,7 +2,8 @@
 
     experiments/results/<sizes>/seed-<n>.json    what `make evidence` measured with one seed
 
-An arm, a measure or a seed that is not there is left out, never an error.
+An arm, a measure or a seed that is not there is left out, never an error. ValueError: two files of one folder were made
+with different sizes.
 """
 
 import json
@@ -46,17 +47,23 @@ OURS, NONE, QUARTER, TRUE = "8 levels", "no token", "top quarter", "true levels"
 MAIN = (OURS, NONE, QUARTER, TRUE, "random levels", "one constant token")
 CUTS = (OURS, "2 levels", "4 levels", "16 levels", "8 levels, equal range")
 NUM_LEVELS, FIRST_NOISE, OWN = 8, "uniform 0.5", "the pairs' own"
-FROZEN = "gate frozen"
-MODES = ("adaptive", "local", "global", "average", "random table", FROZEN, "gate rate x 10", NONE)
+PLAIN = tuple(f"{arm}, plain LLM" for arm in (OURS, NONE, QUARTER))
+FROZEN, WILDER = "gate frozen", ("gate rate x 10", "gate drawn x 4")
+MODES = ("adaptive", "local", "global", "average", "random table", FROZEN, *WILDER, NONE)
 
 
 def load(folder: Path = ROOT / RESULTS) -> dict[str, list[Result]]:
     """By sizes, "small" first, the results in order of seed. "quick" is left out: nothing is learned at its size."""
-    found: dict[str, list[Result]] = {}
-    for file in folder.glob("*/seed-*.json"):
-        found.setdefault(file.parent.name, []).append(json.loads(file.read_text(encoding="utf-8")))
+    found: dict[str, dict[Path, Result]] = {}
+    for file in sorted(folder.glob("*/seed-*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        seeds = found.setdefault(file.parent.name, {})
+        for other, of in seeds.items():
+            if of.get("sizes") != result.get("sizes"):
+                raise ValueError(f"{file} and {other} have different sizes; the results of a folder need the same")
+        seeds[file] = result
     order = sorted(found.keys() - {"quick"}, key=lambda sizes: (sizes != "small", sizes))
-    return {sizes: sorted(found[sizes], key=lambda result: result["seed"]) for sizes in order}
+    return {sizes: sorted(found[sizes].values(), key=lambda result: result["seed"]) for sizes in order}
 
 
 def read(results: Sequence[Result], *keys: str) -> dict[int, Any]:
@@ -67,15 +74,15 @@ def read(results: Sequence[Result], *keys: str) -> dict[int, Any]:
     return found
 
 
-def asked_for(arm: Mapping[str, Any], measure: Measure) -> str:
-    """The level that is best on validation pictures: "none" where there is no token."""
-    return max(arm["validation"], key=lambda level: measure.better * arm["validation"][level][measure.key])
+def asked_for(arm: Mapping[str, Any]) -> str:
+    """The level at which the true captions of validation pictures are likeliest: "none" where there is no token."""
+    return min(arm["validation"], key=lambda level: arm["validation"][level][NLL.key])
 
 
 def captions(results: Sequence[Result], arm: str, measure: Measure) -> Values:
     """What an arm gets on test pictures, at the level asked for."""
     found = read(results, "stage 1", arm)
-    return {seed: of["test"][asked_for(of, measure)][measure.key] for seed, of in found.items()}
+    return {seed: of["test"][asked_for(of)][measure.key] for seed, of in found.items()}
 
 
 def by_level(results: Sequence[Result], arm: str, measure: Measure) -> Rows:
@@ -84,9 +91,9 @@ def by_level(results: Sequence[Result], arm: str, measure: Measure) -> Rows:
     return {seed: [of[level][measure.key] for level in sorted(of, key=int)] for seed, of in found.items()}
 
 
-def levels(results: Sequence[Result], arm: str, measure: Measure = SAMPLED) -> str:
+def levels(results: Sequence[Result], arm: str) -> str:
     """Those that are asked for: "7", or "6 or 7"."""
-    found = {asked_for(of, measure) for of in read(results, "stage 1", arm).values()} - {"none"}
+    found = {asked_for(of) for of in read(results, "stage 1", arm).values()} - {"none"}
     return " or ".join(sorted(found, key=int)) or "—"
 
 
@@ -97,6 +104,11 @@ def answers(results: Sequence[Result], arm: str, *keys: str) -> Values:
 def accuracy(results: Sequence[Result], arm: str) -> Values:
     """Mean over kinds of question, each counting the same."""
     return {seed: fmean(of.values()) for seed, of in read(results, "stage 2", arm, "test", "accuracy").items()}
+
+
+def answer_nll(results: Sequence[Result], arm: str) -> Values:
+    """Nats a token of the right answers."""
+    return answers(results, arm, "answer NLL")
 
 
 def noises(results: Sequence[Result]) -> list[str]:
@@ -118,7 +130,10 @@ def correlations(found: Rows) -> Values:
 
 
 def own(results: Sequence[Result]) -> Rows:
-    return read(results, "noise", FIRST_NOISE, "mean true alignment")
+    """How much of the training captions of each level is true, counted as the models' captions are. A seed in which a
+    level has none to count is left out."""
+    found = read(results, "noise", FIRST_NOISE, "mean true facts")
+    return {seed: values for seed, values in found.items() if None not in values}
 
 
 def sampled(results: Sequence[Result]) -> tuple[int, Sequence[Mapping[str, Any]]]:

@@ -2,7 +2,8 @@
 
 `--check` writes nothing and fails where a page does not say, or a picture does not show, what the files give. An arm or
 a seed that was not measured is a dash. Every verdict follows from a 95 % interval by one rule: one that contains 0 is
-"no difference seen", any other "better" or "worse". Without any results the command refuses.
+"no difference seen", any other "better" or "worse". Without any results, or with results of different sizes in one
+folder, the command refuses.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from experiments import charts
 from experiments.charts import Drawing, Line
 from experiments.readings import (
     CUTS,
+    FIRST_NOISE,
     GREEDY,
     MAIN,
     MEASURES,
@@ -27,6 +29,7 @@ from experiments.readings import (
     NUM_LEVELS,
     OURS,
     OWN,
+    PLAIN,
     QUARTER,
     RESULTS,
     ROOT,
@@ -38,6 +41,7 @@ from experiments.readings import (
     Result,
     accuracy,
     answers,
+    asked_for,
     by_level,
     by_noise,
     captions,
@@ -53,10 +57,12 @@ from experiments.statistics import entropy_bits, estimate, never_falls
 from experiments.verdicts import (
     UNMEASURED,
     advice,
+    against,
     common,
     compared,
     difference,
     gate_said,
+    gate_why,
     in_short,
     means,
     obeyed,
@@ -65,6 +71,10 @@ from experiments.verdicts import (
     table,
 )
 
+ON_A_GPU = {
+    "large": 'EVIDENCE="--sizes large"',
+    "smollm2": 'EVIDENCE="--sizes smollm2 --llm FOLDER --emoji FOLDER"',
+}
 PAGE, PICTURES = Path("docs/evidence.md"), Path("docs/evidence")
 OPENING, CLOSING = "<!-- evidence: written by python -m experiments.report -->", "<!-- end of evidence -->"
 
@@ -82,36 +92,44 @@ METHOD = """\
 **Data.** Scenes of one to three objects with five facts each (size, color, shape, row, column), so that what is true of
 a picture is known. Training captions are made false at a known rate. *Uniform*: each fact of a caption is replaced by
 another value at random, with a probability drawn for the caption that is 0.25, 0.5 or 0.75 on average. *Biased*: the
-same, but what is put there is always the same value, so that false facts agree with each other. *Swapped*: a caption
-is, with that probability, the whole true caption of another picture. Test captions are of scenes with two or three
-objects.
+same, but the substitute is always the same value, which so becomes frequent, and false facts agree with each other.
+*Swapped*: a caption is, with that probability, the whole true caption of another picture. What is measured is of scenes
+with two or three objects.
+
+**The LLM favours levels.** It has read documents in which one word says how sure the author is, in the place where the
+alignment token will stand, of captions with uniform noise ([demo/language.py](../demo/language.py)). The arms *plain
+LLM* have one that has read the same without that word. A given LLM, that of smollm2, has read no such documents.
 
 **Arms of stage 1**, of the same steps, batch and rate, and of the noise *uniform 0.5* where none is named. *8 levels*:
 AlignGPT, CLIP scores cut into equal counts. *no token*: LLaVA. *top quarter*: no token, and only the quarter of the
-pairs with the best CLIP scores. *true levels*: cut by true alignment, what perfect scores would give. *random levels*,
-*one constant token*: tokens that say nothing. **Arms of stage 2**, on the same questions: the modes of the gate, each
-from the stage 1 with 8 levels; *random table*: adaptive, with a table of random numbers; *gate frozen*: adaptive, the
-gate left as it was drawn; *gate rate x 10*: adaptive, its rate ten times as high; *no token*: LLaVA, from its stage 1.
+pairs with the best CLIP scores, each seen about four times as often. *true levels*: cut by true alignment, what perfect
+scores would give. *random levels*, *one constant token*: tokens that say nothing. **Arms of stage 2**, on the same
+questions: the modes of the gate, each from the stage 1 with 8 levels; *random table*: adaptive, with a table of random
+numbers; *gate frozen*: adaptive, the gate left as it was drawn; *gate rate x 10*: adaptive, its rate ten times as high;
+*gate drawn x 4*: adaptive, its weights four times as large when training begins; *no token*: LLaVA, from its stage 1.
 
-**Seeds.** Each changes data, noise, CLIP tower, LLM and training together; arms are compared within a seed. Intervals
-are 95 %, of paired differences, by Student's t with a degree of freedom less than seeds. ▲ (better) and ▼ (worse) mark
-those without 0; of many differences that are none, one in twenty would be marked too. ± is the standard deviation
-between seeds.
+**Seeds** are 2 to 6. Each changes data, noise, CLIP tower, LLM and training together; arms are compared within a seed.
+Intervals are 95 %, of paired differences, by Student's t with a degree of freedom less than seeds. ▲ (better) and ▼
+(worse) mark those without 0; of many differences that are none, one in twenty would be marked too. ± is the standard
+deviation between seeds.
 
-**Choices.** An arm with a token is asked for the level that is best on validation pictures, for each measure by itself.
-The test pictures were used once.
+**Choices.** Rates, steps and recipe are the demo's, found with seeds 0 and 1, which are not used here. Before this
+protocol half of one seed (0) was run, and is not shown. An arm with a token is asked for one level in each seed: that
+at which the true captions of validation pictures are likeliest. What is measured of test pictures chooses nothing.
+Whether the gate is inert is told by one measure, named before: the answers' NLL of *adaptive* against *gate frozen*.
 
 **To repeat it**: `make evidence`; hours on two cores.
 """
 MEASURED = """\
 *Facts*: the share of stated facts that are true, under the kindest pairing with the scene's objects (the caption of
 another picture has about 0.4). *Objects*: F1 of objects with all five facts right. *Not there*: the share of named
-objects (color and shape) that the scene has not. *NLL*: nats a token of the true caption. *Asked for*: the levels
-chosen for sampled facts.
+objects (color and shape) that the scene has not. *NLL*: nats a token of the true caption. *Asked for*: the level.
 """
 ANSWERED = """\
-Accuracy by kind of question; *mean* counts kinds, not questions. *Another picture*: adaptive, shown a wrong picture.
-*Any object*: answering for one of the scene's objects at random. *Majority*: always the commonest answer.
+Accuracy by kind of question; *mean* counts kinds, not questions. Questions are of scenes with two or three objects.
+Presence is balanced over yes and no, and the "no" questions kept are those that recombine a color and a shape that are
+both there. *Another picture*: adaptive, shown a wrong picture. *Any object*: answering for one of the scene's objects
+at random. *Majority*: always the commonest answer.
 """
 GATE = """\
 *Mutual information*: of the kind of question and a level drawn by the gate's weights, in bits; at most log2(7) = 2.81,
@@ -126,8 +144,9 @@ def page(files: Files) -> str:
     for sizes, results in files.items():
         said = "\n".join(f"- {sentence}" for sentence in in_short(results))
         parts.append(f"Of {sizes}, {seeds(len(results))}:\n\n{said}\n")
-    if list(files) == ["small"]:
-        parts.append("Larger sizes, on a GPU: unmeasured.\n")
+    parts += [
+        f"Of {sizes}: unmeasured; `make evidence {how}`.\n" for sizes, how in ON_A_GPU.items() if sizes not in files
+    ]
     parts += [METHOD, runs(files)]
     for sizes, results in files.items():
         parts += [f"## {sizes}\n", *stage_1(sizes, results), *stage_2(results), *samples(sizes, results)]
@@ -139,13 +158,26 @@ def runs(files: Files) -> str:
     for sizes, results in files.items():
         number = sum(read(results, "runs").values())
         device = ", ".join(sorted({*read(results, "device").values()}))
-        commits = ", ".join(sorted({commit_name(of) for of in read(results, "commit").values()}))
+        commits = {commit_name(name) for names in read(results, "commits").values() for name in names}
         seed = ", ".join(map(str, read(results)))
-        rows.append([sizes, seed, f"{number or '—'}", spread(read(results, "minutes"), 0), device, commits])
-        counts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in results[0].get("sizes", {}).items())
-        said.append(f"Sizes of {sizes}: {counts or '—'}.\n")
+        minutes = spread(read(results, "job minutes"), 0)
+        rows.append([sizes, seed, f"{number or '—'}", minutes, device, ", ".join(sorted(commits))])
+        counts = {name: of for name, of in results[0].get("sizes", {}).items() if name not in ("validation", "test")}
+        listed = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items())
+        said.append(f"Sizes of {sizes}: {listed or '—'}. Measured, at most: {measured(results[0])}.\n")
     return "\n".join(
-        [table(["sizes", "seeds", "training runs", "core minutes a seed", "device", "commit"], rows), *said]
+        [table(["sizes", "seeds", "training runs", "job minutes a seed", "device", "commits"], rows), *said]
+    )
+
+
+def measured(result: Result) -> str:
+    found = result.get("measured")
+    if found is None:
+        return "—"
+    pictures, questions = found["pictures"], found["questions"]
+    return (
+        f"{pictures['validation']} validation and {pictures['test']} test pictures, {questions['test']} test questions "
+        f"(at fixed levels the first {found['questions by level']})"
     )
 
 
@@ -156,16 +188,14 @@ def commit_name(name: str) -> str:
 def stage_1(sizes: str, results: Sequence[Result]) -> Iterator[str]:
     yield f"### Stage 1: captions\n\n{MEASURED}"
     yield values_table(results, MAIN)
-    for rival in (NONE, QUARTER):
-        arms = [arm for arm in MAIN if arm != rival]
-        pairs = {of: [(captions(results, arm, of), captions(results, rival, of)) for arm in arms] for of in MEASURES}
-        rows = [[of.head, *(difference(*pair, of.better) for pair in found)] for of, found in pairs.items()]
-        rows.append(["*seeds*", *(common(*pair) for pair in pairs[SAMPLED])])
-        yield table([f"minus {rival}", *arms], rows)
+    yield from (differences_table(results, MAIN, rival) for rival in (NONE, QUARTER))
     yield "### Is the level obeyed?\n"
     yield f"![True facts at each level, by arm]({PICTURES.name}/{sizes}-levels.svg)\n"
-    yield f"*{OWN.capitalize()}*: the true share of facts in the training captions of a level.\n"
-    found = {OWN: own(results)} | {of.head: by_level(results, OURS, of) for of in (SAMPLED, GREEDY, NLL)}
+    own_said = "true facts in a level's training captions, counted as the models' are"
+    yield f"*{OWN.capitalize()}*: {own_said}. *True alignment*: of all pairs of the level, facts left as they were.\n"
+    truth = read(results, "noise", FIRST_NOISE, "mean true alignment")
+    found = {OWN: own(results), "true alignment": truth}
+    found |= {of.head: by_level(results, OURS, of) for of in (SAMPLED, GREEDY, NLL)}
     rows = [[name, common(of), *means(of)] for name, of in found.items()]
     yield table(["8 levels, mean at level", "seeds", *map(str, range(NUM_LEVELS))], rows)
     rows = []
@@ -177,11 +207,10 @@ def stage_1(sizes: str, results: Sequence[Result]) -> Iterator[str]:
     yield "In how many seeds facts fall from no level to the next, and their rank correlation (Spearman) with it:\n"
     yield table(["arm", "seeds", "sampled never fall", "correlation", "greedy never fall", "correlation"], rows)
     yield f"### How many levels, and how cut\n\n{values_table(results, CUTS)}"
-    pairs = {
-        of: [(captions(results, arm, of), captions(results, OURS, of)) for arm in CUTS[1:]] for of in WAYS.values()
-    }
-    rows = [[of.head, *(difference(*pair) for pair in found)] for of, found in pairs.items()]
-    yield table([f"minus {OURS}", *CUTS[1:]], rows)
+    yield differences_table(results, CUTS, OURS, list(WAYS.values()))
+    yield "### An LLM that has read nothing of sureness\n"
+    yield values_table(results, PLAIN)
+    yield from (differences_table(results, PLAIN, rival) for rival in PLAIN[1:])
     yield f"### Noise\n\n![True facts against the noise rate]({PICTURES.name}/{sizes}-noise.svg)\n"
     yield "*CLIP*: rank correlation of the scores with true alignment.\n"
     for measure in WAYS.values():
@@ -198,13 +227,15 @@ def stage_1(sizes: str, results: Sequence[Result]) -> Iterator[str]:
 
 
 def names_table(results: Sequence[Result]) -> str:
-    """Of the emoji beside the scenes, where there were any; a name has no validation, so the highest level is asked."""
+    """Of the emoji beside the scenes, where there were any."""
     rows = []
     for arm in MAIN:
-        found = {seed: of[max(of)] for seed, of in read(results, "stage 1", arm, "emoji").items()}
+        found = {
+            seed: of["emoji"][asked_for(of)] for seed, of in read(results, "stage 1", arm).items() if "emoji" in of
+        }
         nll, other = ({seed: of[key] for seed, of in found.items()} for key in ("name NLL", "another picture"))
         rows.append([arm, common(nll), spread(nll), spread(other), difference(nll, other, -1)])
-    head = ["arm, at its highest level", "seeds", "name NLL", "with another picture", "difference"]
+    head = ["arm", "seeds", "name NLL", "with another picture", "difference"]
     said = "Nats a token of the names of emoji that neither tower nor stage 1 saw. The tower learned the others' names."
     return f"### Emoji beside the scenes\n\n{said}\n\n{table(head, rows)}" if any(row[1] != "0" for row in rows) else ""
 
@@ -215,6 +246,17 @@ def values_table(results: Sequence[Result], arms: Sequence[str]) -> str:
         found = [captions(results, arm, measure) for measure in MEASURES]
         rows.append([arm, common(*found), levels(results, arm), *map(spread, found)])
     return table(["arm", "seeds", "asked for", *(measure.head for measure in MEASURES)], rows)
+
+
+def differences_table(
+    results: Sequence[Result], arms: Sequence[str], rival: str, measures: Sequence[Measure] = MEASURES
+) -> str:
+    """The differences of the other arms from a rival."""
+    others = [arm for arm in arms if arm != rival]
+    pairs = {of: [(captions(results, arm, of), captions(results, rival, of)) for arm in others] for of in measures}
+    rows = [[of.head, *(difference(*pair, of.better) for pair in found)] for of, found in pairs.items()]
+    rows.append(["*seeds*", *(common(*pair) for pair in pairs[measures[0]])])
+    return table([f"minus {rival}", *others], rows)
 
 
 def stage_2(results: Sequence[Result]) -> Iterator[str]:
@@ -232,6 +274,9 @@ def stage_2(results: Sequence[Result]) -> Iterator[str]:
     found = {arm: [*of, answers(results, arm, "answer NLL")] for arm, of in found.items()}
     yield 'Presence as POPE counts it, where "yes" is the positive class; NLL in nats a token of the right answer:\n'
     rows = [[arm, common(*of), *map(spread, of)] for arm, of in found.items()]
+    shares = answers(results, "adaptive", "presence", "yes among answers")
+    always = [shares, dict.fromkeys(shares, 1.0), {seed: 2 * of / (1 + of) for seed, of in shares.items()}]
+    rows.append(["*always yes*", common(shares), *map(spread, always), "1.000" if shares else "—", ""])
     yield table(["arm", "seeds", *presence, "answer NLL"], rows)
     rows = []
     for arm in MODES[1:]:
@@ -241,12 +286,13 @@ def stage_2(results: Sequence[Result]) -> Iterator[str]:
     yield table(["minus adaptive", "seeds", "accuracy, mean", "presence F1", "answer NLL"], rows)
     rows = []
     for arm in ("adaptive", "random table"):
-        for key in ("answer NLL by level", "accuracy by level"):
-            fixed = read(results, "stage 2", arm, "test", key)
-            rows.append([f"{arm}, {key.removesuffix(' by level')}", common(fixed), *means(fixed)])
-    yield "With one level fixed for all answers, in place of the gate's mix:\n"
-    yield table(["mean at level", "seeds", *map(str, range(NUM_LEVELS))], rows)
-    yield f"### What the gate does\n\nIt {gate_said(results)}\n\n{GATE}"
+        for key in ("NLL", "accuracy"):
+            fixed = read(results, "stage 2", arm, "test", "by level", key)
+            mix = answers(results, arm, "by level", f"own {key}")
+            rows.append([f"{arm}, {key}", common(fixed, mix), *means(fixed), spread(mix)])
+    yield "One level fixed for all answers, beside the mix of the gate, on the same questions (fewer than above):\n"
+    yield table(["mean at level", "seeds", *map(str, range(NUM_LEVELS)), "the gate's mix"], rows)
+    yield f"### What the gate does\n\nIt {gate_said(results)} {gate_why(results)}\n\n{GATE}"
     heads = {
         "mutual information": "mutual information",
         "entropy": "entropy",
@@ -335,10 +381,11 @@ def readme_block(files: Files) -> str:
     for arm in MAIN[:4]:
         found = [captions(results, arm, measure) for measure in MEASURES[:4]]
         rows.append([arm, common(*found), *map(spread, found)])
-    answered = compared(accuracy(results, "adaptive"), accuracy(results, NONE))
     said = (
-        f"Is the level obeyed? {obeyed(results)} In stage 2 the accuracy of `adaptive` against no token is {answered}. "
-        f"The gate {gate_said(results)} {advice(results)} All that was compared: [docs/evidence.md](docs/evidence.md)."
+        f"Is the level obeyed? {obeyed(results)} With an LLM that has read nothing of sureness, true facts of levels "
+        f"against no token: {against(results, PLAIN[1], PLAIN[0])}. In stage 2 the accuracy of `adaptive` against no "
+        f"token is {compared(accuracy(results, 'adaptive'), accuracy(results, NONE))}. The gate {gate_said(results)} "
+        f"{advice(results)} All that was compared: [docs/evidence.md](docs/evidence.md)."
     )
     head = ["arm", "seeds", *(measure.head for measure in MEASURES[:4])]
     return f"{table(head, rows)}\n{textwrap.fill(said, 120, break_on_hyphens=False)}"
@@ -389,7 +436,11 @@ def differences(files: Files, root: Path = ROOT) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page differs from the files")
-    check, files = parser.parse_args(arguments).check, load()
+    check = parser.parse_args(arguments).check
+    try:
+        files = load()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if not files:
         print(f"error: {RESULTS} holds no <sizes>/seed-<n>.json; `make evidence` makes them")
         return 1

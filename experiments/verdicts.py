@@ -12,26 +12,32 @@ from experiments.readings import (
     CUTS,
     FROZEN,
     MODES,
+    NLL,
     NONE,
     NUM_LEVELS,
     OURS,
+    PLAIN,
     QUARTER,
     SAMPLED,
     WAYS,
+    WILDER,
     Result,
     Rows,
     Values,
     accuracy,
+    answer_nll,
     answers,
     by_level,
     by_noise,
     captions,
     correlations,
     levels,
+    read,
 )
 from experiments.statistics import Estimate, estimate, never_falls, paired
 
 UNMEASURED = "Unmeasured."
+ADVISED = ("uniform 0.5", "biased 0.5", "swapped 0.5")
 WORDS = {1: "better", 0: "no difference seen", -1: "worse", None: "undecided: one seed"}
 MARKS = {1: " ▲", 0: "", -1: " ▼", None: ""}
 
@@ -100,6 +106,8 @@ def in_short(results: Sequence[Result]) -> Iterator[str]:
     """Sentences that depend on the numbers."""
     for rival in (NONE, QUARTER, "random levels"):
         yield f"**8 levels against {rival}**, true facts: {against(results, rival)}."
+    said = "; ".join(f"against {rival} {against(results, rival, PLAIN[0])}" for rival in PLAIN[1:])
+    yield f"**With an LLM that has read nothing of sureness**, true facts of {PLAIN[0]}: {said}."
     yield f"**Is the level obeyed?** {obeyed(results)}"
     ours = captions(results, OURS, SAMPLED)
     said = "; ".join(f"{arm}: {word(captions(results, arm, SAMPLED), ours)}" for arm in CUTS[1:])
@@ -112,16 +120,17 @@ def in_short(results: Sequence[Result]) -> Iterator[str]:
     found = accuracy(results, "adaptive")
     said = "; ".join(f"against {arm} {compared(found, accuracy(results, arm))}" for arm in MODES[1:])
     yield f"**Stage 2**, mean accuracy of `adaptive`: {said}."
-    yield f"**The gate** {gate_said(results)}"
+    yield f"**The gate** {gate_said(results)} {gate_why(results)}"
     yield f"**Which to use.** {advice(results)}"
 
 
-def against(results: Sequence[Result], rival: str) -> str:
+def against(results: Sequence[Result], rival: str, arm: str = OURS) -> str:
+    """An arm with levels and a rival, by true facts."""
     said = []
     for way, measure in WAYS.items():
-        found = compared(captions(results, OURS, measure), captions(results, rival, measure))
-        said.append(f"{way}, at level {levels(results, OURS, measure)}, {found}")
-    return "; ".join(said)
+        found = compared(captions(results, arm, measure), captions(results, rival, measure))
+        said.append(f"{way} {found}")
+    return f"at level {levels(results, arm)}, {', '.join(said)}"
 
 
 def obeyed(results: Sequence[Result]) -> str:
@@ -139,38 +148,78 @@ def obeyed(results: Sequence[Result]) -> str:
 
 
 def gate_said(results: Sequence[Result]) -> str:
-    """Called inert where training it makes no difference that is seen, beside a gate that stays as it was drawn."""
-    right, right_drawn = (accuracy(results, arm) for arm in ("adaptive", FROZEN))
-    nats, nats_drawn = (answers(results, arm, "answer NLL") for arm in ("adaptive", FROZEN))
-    bits, bits_drawn = (answers(results, arm, "gate", "mutual information") for arm in ("adaptive", FROZEN))
-    if not paired(right, right_drawn):
+    """Inert where training it moves the answers' NLL by no difference that is seen from a gate left as it was drawn."""
+    nats, frozen = (answer_nll(results, arm) for arm in ("adaptive", FROZEN))
+    if not paired(nats, frozen):
         return "is unmeasured."
-    found = {verdict(right, right_drawn), verdict(nats, nats_drawn, -1)}
-    inert = "not inert" if found & {1, -1} else "inert" if found == {0} else "undecided"
+    said = {
+        1: "is **not inert**: training it helps",
+        0: "is **inert**: training it makes no difference that is seen",
+        -1: "is **not inert**: training it harms",
+        None: "is **undecided**: one seed",
+    }
     return (
-        f"is **{inert}**. Trained, against left as it was drawn: mean accuracy {compared(right, right_drawn)}; "
-        f"nats a token of the right answer {compared(nats, nats_drawn, -1)}. A level drawn by its weights tells "
-        f"{spread(bits)} bits about the kind of question, and {spread(bits_drawn)} where the gate was never trained."
+        f"{said[verdict(nats, frozen, -1)]}. Trained, against left as it was drawn: nats a token of the right answer "
+        f"{compared(nats, frozen, -1)}; beside it, mean accuracy "
+        f"{compared(accuracy(results, 'adaptive'), accuracy(results, FROZEN))}."
     )
+
+
+def gate_why(results: Sequence[Result]) -> str:
+    """Numbers by which the verdict on the gate is understood."""
+    fixed = read(results, "stage 2", "adaptive", "test", "by level", "NLL")
+    answering = {seed: max(of) - min(of) for seed, of in fixed.items()}
+    captioning = {seed: of[0] - of[-1] for seed, of in by_level(results, OURS, NLL).items()}
+    bits, drawn = (answers(results, arm, "gate", "mutual information") for arm in ("adaptive", FROZEN))
+    nats = answer_nll(results, "adaptive")
+    wilder = "; ".join(f"{arm} {compared(answer_nll(results, arm), nats, -1)}" for arm in WILDER)
+    said = (
+        f"Between the best and the worst fixed level the answers' NLL differs by {spread(answering)} nats a token, and "
+        f"that of true captions in stage 1 between the lowest and the highest level by {spread(captioning)}. A level "
+        f"drawn by the gate's weights tells {spread(bits)} bits about the kind of question, and {spread(drawn)} where "
+        f"the gate was never trained. Answers' NLL against adaptive: {wilder}."
+    )
+    if verdict(nats, answer_nll(results, FROZEN), -1) == 0:
+        said += (
+            " One reading, not a finding: the prompt and the picture, of which the gate makes its row, are read by the "
+            "LLM anyway."
+        )
+    return said
 
 
 def advice(results: Sequence[Result]) -> str:
-    said = []
-    for rival in (NONE, QUARTER):
-        choice = {1: "the levels", -1: rival, 0: "no difference seen", None: "not known"}
-        chosen = []
-        for way, measure in WAYS.items():
-            found = verdict(captions(results, OURS, measure), captions(results, rival, measure))
-            chosen.append(f"{choice[found]} ({way})")
-        said.append(f"Levels or {rival}, for true captions: {', '.join(chosen)}.")
-    said.append(
-        "By design, levels learn from all pairs and any of them can be asked for; the top quarter needs no token and "
-        "drops three pairs of four."
+    """By noise those of levels, top quarter and no token that none of the others beats, and whether the gate pays."""
+    ways = {way: by_noise(results, measure) for way, measure in WAYS.items()}
+    said = [
+        f"under {noise}: " + ", ".join(f"{unbeaten(of[noise])} ({way})" for way, of in ways.items())
+        for noise in ADVISED
+        if noise in ways["sampled"]
+    ]
+    return (
+        "For true captions, what none of the others (levels, top quarter, no token) is seen to beat, "
+        f"{'; '.join(said) or 'unmeasured'}. {gate_advice(results)}"
     )
+
+
+def unbeaten(facts: Mapping[str, Values]) -> str:
+    arms = {OURS: "levels", QUARTER: "top quarter", NONE: "no token"}
+    found = {(a, b): verdict(facts[a], facts[b]) for a in arms for b in arms if a != b}
+    if None in found.values():
+        return "not known"
+    return " or ".join(name for arm, name in arms.items() if all(found[arm, b] != -1 for b in arms if b != arm))
+
+
+def gate_advice(results: Sequence[Result]) -> str:
+    nats = answer_nll(results, "adaptive")
+    found = {arm: verdict(nats, answer_nll(results, arm), -1) for arm in ("global", "average", FROZEN)}
+    if set(found.values()) == {1}:
+        return f"The gate's mix is worth its layers: by the answers' NLL, adaptive is better than {', '.join(found)}."
     texts = {
-        1: "`adaptive` answers better than `global`, so the gate's mix is worth its layers.",
-        -1: "`global` answers better than `adaptive`, and needs no gate.",
-        0: "No difference is seen between `adaptive` and `global`, which needs no gate.",
-        None: "Whether the gate's mix is worth its layers is not known.",
+        0: "no difference is seen from {}",
+        -1: "better than adaptive: {}",
+        1: "worse: {}",
+        None: "not known of {}",
     }
-    return " ".join([*said, texts[verdict(accuracy(results, "adaptive"), accuracy(results, "global"))]])
+    arms = {sign: ", ".join(arm for arm, of in found.items() if of == sign) for sign in texts}
+    said = "; ".join(text.format(arms[sign]) for sign, text in texts.items() if arms[sign])
+    return f"That the gate's mix is worth its layers is not shown, by the answers' NLL: {said}."

@@ -100,17 +100,18 @@ def true_levels(alignments: Sequence[float], num_levels: int, seed: int) -> list
     return cut_levels(place, num_levels)[0].tolist()
 
 
-def mean_true_facts(captions: Sequence[str], scenes: Sequence[Scene], levels: Sequence[int]) -> list[float]:
+def mean_true_facts(captions: Sequence[str], scenes: Sequence[Scene], levels: Sequence[int]) -> list[float | None]:
     """For each level the mean share of a caption's facts that hold in its scene, scenes of one object left out.
 
-    Captions of a model are measured alike. Those after the last scene are of other pictures, and are left out too.
+    Captions of a model are measured alike. Those after the last scene are of other pictures, and are left out too. None
+    for a level that has no other: a tower that has learned little may score captions by their length.
     """
     shares: list[list[float]] = [[] for _ in range(max(levels) + 1)]
     for text, scene, level in zip(captions, scenes, levels, strict=False):
         if len(scene) > 1:
             true, stated = fact_precision(text, scene)
             shares[level].append(true / stated)
-    return [fmean(of_level) for of_level in shares]
+    return [fmean(of_level) if of_level else None for of_level in shares]
 
 
 def best_quarter(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -101,11 +101,12 @@ def test_true_facts_are_counted_by_level_and_without_scenes_of_one_object():
         "large blue star middle left and large blue circle bottom left": (1, scene),
         "small green square bottom right": (1, scene[:1]),
         caption(scene): (0, scene),
+        "small green square": (2, scene[1:]),
         "balloon": (0, None),
     }
     levels = [level for level, _ in captions.values()]
     scenes = [of for _, of in captions.values() if of]
-    assert mean_true_facts(list(captions), scenes, levels) == [1.0, pytest.approx((0.9 + 0.6) / 2)]
+    assert mean_true_facts(list(captions), scenes, levels) == [1.0, pytest.approx((0.9 + 0.6) / 2), None]
 
 
 def test_a_rate_of_nothing_is_refused():

@@ -279,7 +279,7 @@ def test_a_seed_goes_through_and_on_from_what_it_left(tmp_path):
 
     done = run("swapped")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 of 21 jobs are left" in done.stdout
+    assert "0 of 18 jobs are left" in done.stdout
     measures = sorted((tmp_path / "run/seed-0/measures/stage-1").iterdir())
     assert [file.name for file in measures] == [
         f"{name}-swapped-0.5.json" for name in ("8-levels", "no-token", "top-quarter", "true-levels")

@@ -27,9 +27,10 @@ $(VENV)/.installed: setup.py pyproject.toml
 demo: install
 	$(BIN)/python -m demo
 
-# Hours; it goes on from where it stopped.
+# Hours; it goes on from where it stopped. Options of `python -m experiments` go in EVIDENCE:
+#   make evidence EVIDENCE="--sizes large"
 evidence: install
-	$(BIN)/python -m experiments
+	$(BIN)/python -m experiments $(EVIDENCE)
 
 check: install
 	$(BIN)/ruff check $(PATHS)

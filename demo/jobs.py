@@ -1,9 +1,11 @@
 """Commands run side by side: two at a time, each with a bar, its output in a file, and a line for what went wrong.
 
 A job whose result is there is not done again, so the same list of jobs goes on after an interruption. All commands run
-in the project's folder, with this Python, on the CPU unless a GPU is allowed.
+in the project's folder, with this Python, on the CPU unless a GPU is allowed. On Linux they end when this process does,
+however it ends: a command that outlived it would write what the next run makes again.
 """
 
+import ctypes
 import fcntl
 import json
 import os
@@ -104,7 +106,7 @@ def locked(folder: Path, user: str) -> Iterator[None]:
 def call(command: Sequence[str]) -> None:
     """Run a command in the foreground, as typed."""
     print(f"$ {shlex.join(command)}", flush=True)
-    if subprocess.run(command, env=environment()).returncode:
+    if subprocess.run(command, env=environment(), preexec_fn=END_WITH_PARENT).returncode:
         raise RunError(f"this command failed: {shlex.join(command)}")
 
 
@@ -138,7 +140,9 @@ def side_by_side(
                 sys.stdout.flush()
                 bars[job] = progress(job.steps, job.name)
                 with log_file(logs, job).open("wb") as log:
-                    process = subprocess.Popen(job.command, stdout=log, stderr=log, env=environment(gpu=gpu))
+                    process = subprocess.Popen(
+                        job.command, stdout=log, stderr=log, env=environment(gpu=gpu), preexec_fn=END_WITH_PARENT
+                    )
                 running[job] = process, time.perf_counter()
             time.sleep(POLL_SECONDS)
             for job, (process, started) in list(running.items()):
@@ -181,6 +185,16 @@ def environment(*, gpu: bool = False) -> dict[str, str]:
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     found = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return found if gpu else found | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def _end_with_parent() -> None:
+    """SIGTERM when the parent is gone, at which torchrun ends its processes and training itself."""
+    pr_set_pdeathsig = 1  # <sys/prctl.h>
+    _LIBC.prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+_LIBC = ctypes.CDLL(None)  # loaded before a fork: after one, another thread's lock may be held for ever
+END_WITH_PARENT = _end_with_parent if sys.platform == "linux" else None
 
 
 def as_typed(folder: Path) -> Path:

@@ -10,9 +10,9 @@ things about them are special:
   14 × 14, there is a row a patch: its cell's place, and what the cell's thing is if it covers the middle of the patch.
   The projector sees patches one by one, so that is what it can make. The price: what was said once is said in a dozen
   rows, and sequences are three times as long.
-- **Sureness.** In three of five documents one word after BOS, from "wrong" to "exact", says at what rate the caption's
-  facts are true. That is the place where the alignment token will stand; which level is which word, stage 1 has to
-  find out.
+- **Sureness.** In three of five documents, or the share that `--sureness` names, one word after BOS, from "wrong" to
+  "exact", says at what rate the caption's facts are true. That is the place where the alignment token will stand; which
+  level is which word, stage 1 has to find out.
 
 After the rows come blocks that see the rows and themselves but not each other: a caption, corrupted fact by fact like
 those of stage 1 though less often, and questions with answers. A GPU is used where there is one.
@@ -38,6 +38,7 @@ HEAD_WIDTH = 32
 BATCH = 64
 QUESTIONS = 8  # blocks of a document beside its caption
 NOISE = 1.0  # of the rows, in standard deviations of the word embeddings
+SHARE_SURE = 0.6  # of documents that say how sure their author is
 SURENESS = ("wrong", "doubtful", "partly", "mostly", "exact")
 QUESTION_WORDS = ["what", "size", "color", "shape", "is", "at", "the", "where", "how", "many", "objects"]
 QUESTION_WORDS += ["there", "a", "yes", "no"]
@@ -65,7 +66,9 @@ class Document:
         self.place += range(len(prompt) + len(answer))
 
 
-def document(tokenizer: PreTrainedTokenizerFast, random: Random, *, grid: int = GRID) -> Document:
+def document(
+    tokenizer: PreTrainedTokenizerFast, random: Random, *, grid: int = GRID, share_sure: float = SHARE_SURE
+) -> Document:
     """A scene, a caption corrupted at a random rate, and questions."""
 
     def ids(text: str) -> list[int]:
@@ -74,7 +77,7 @@ def document(tokenizer: PreTrainedTokenizerFast, random: Random, *, grid: int = 
     scene = draw_scene(random)
     corruption = random.random() ** 2
     sure = SURENESS[min(int((1 - corruption) * len(SURENESS)), len(SURENESS) - 1)]
-    says_so = random.random() < 0.6
+    says_so = random.random() < share_sure
     result = Document(ids(sure)[0] if says_so else None, [ids(words) for words in row_words(scene, grid)])
     result.add([], ids(caption(corrupt(scene, corruption, random)) + " \n"))
     while result.block[-1] < 1 + QUESTIONS:
@@ -100,11 +103,17 @@ def row_words(scene: Scene, grid: int) -> list[str]:
 
 
 def losses(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, random: Random, *, grid: int = GRID
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    random: Random,
+    *,
+    grid: int = GRID,
+    share_sure: float = SHARE_SURE,
 ) -> Iterator[Tensor]:
     """The cross-entropy of captions and answers of a new batch of documents, for ever."""
     while True:
-        yield document_loss(model, [document(tokenizer, random, grid=grid) for _ in range(BATCH)])
+        documents = [document(tokenizer, random, grid=grid, share_sure=share_sure) for _ in range(BATCH)]
+        yield document_loss(model, documents)
 
 
 def document_loss(model: LlamaForCausalLM, documents: list[Document]) -> Tensor:
@@ -179,15 +188,26 @@ def build(tokenizer: PreTrainedTokenizerFast, *, width: int = WIDTH, layers: int
 def main() -> None:
     parser = arguments("demo.language", __doc__, width=WIDTH, layers=LAYERS)
     parser.add_argument("--grid", type=int, default=GRID, help=f"patches a side of a picture; default: {GRID}")
+    parser.add_argument(
+        "--sureness",
+        type=float,
+        default=SHARE_SURE,
+        metavar="SHARE",
+        help=f"of documents that say how sure their author is; 0: none; default: {SHARE_SURE}",
+    )
     args = parser.parse_args()
     if args.grid < GRID:
         parser.error(f"--grid is {args.grid}; it needs {GRID}, a row for each cell, or more")
+    if not 0 <= args.sureness <= 1:
+        parser.error(f"--sureness is {args.sureness}; it needs a share, from 0 to 1")
     torch.manual_seed(args.seed)
     tokenizer = word_tokenizer(WORDS, chat_template=CHAT_TEMPLATE)
     model = build(tokenizer, width=args.width, layers=args.layers).to(device())
     optimizers = Optimizers(model, matrix_lr=0.02, lr=2e-3, betas=(0.9, 0.95))
+    random = Random(f"language {args.seed}")
+    of_documents = losses(model, tokenizer, random, grid=args.grid, share_sure=args.sureness)
     with made_whole(args.out) as folder:
-        run(losses(model, tokenizer, Random(f"language {args.seed}"), grid=args.grid), optimizers, args.steps, folder)
+        run(of_documents, optimizers, args.steps, folder)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

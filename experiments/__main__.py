@@ -2,7 +2,8 @@
 
 Each command is printed before it runs, so it can be run again by hand. A job that is done is not done again: after an
 interruption the same command goes on, and of a longer plan it trains what is new. When all measures of a seed are
-there, they are collected into experiments/results/SIZES/seed-N.json; at the end docs/evidence.md is written from those.
+there, they are collected into experiments/results/SIZES/seed-N.json; at the end docs/evidence.md is written from those,
+unless they are collected elsewhere.
 All of it runs on the CPU, with or without a GPU, on two cores; "large" and "smollm2" use a GPU where there is one.
 "smollm2" takes the LLM of a folder, SmolLM2-135M for example, and, if a folder of them is given, emoji beside scenes.
 """
@@ -13,27 +14,33 @@ import functools
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from aligngpt.data.tables import write_json
+from aligngpt.data.scenes import read_scenes
+from aligngpt.data.tables import read_table, write_json
 from demo.evaluate import evaluate_levels
 from demo.jobs import ROOT, Job, RunError, as_typed, call, locked, run_whole, side_by_side
-from experiments.jobs import Seed, clear_unfinished, record, total_seconds
+from experiments import measure
+from experiments.jobs import Seed, clear_unfinished, commits, record, total_seconds
+from experiments.noise import mean_true_facts
 from experiments.plan import SEEDS, SIZES, STAGE_1, STAGE_2, AnswerArm, CaptionArm
+
+RESULTS = Path("experiments/results")  # what the report is written from
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", type=Path, default=Path("runs/evidence"), help="default: runs/evidence")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="N", help="default: 0 1 2 3 4")
+    default = " ".join(map(str, SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="N", help=f"default: {default}")
     parser.add_argument("--sizes", choices=SIZES, default="small", help='default: small; "quick" learns nothing')
     parser.add_argument("--only", default="", metavar="TEXT", help="arms with this in their name; nothing is collected")
-    parser.add_argument("--results", type=Path, default="experiments/results", help="default: experiments/results")
+    elsewhere = "with another folder docs/evidence.md is not written"
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}; {elsewhere}")
     parser.add_argument("--llm", type=Path, help="folder of the LLM, for smollm2")
     parser.add_argument("--emoji", type=Path, help="folder with pretrain.json and images, for smollm2")
     args = parser.parse_args()
@@ -44,29 +51,18 @@ def main() -> None:
         parser.error("--sizes is smollm2; it needs --llm")
     llm, emoji = (folder and as_typed(folder) for folder in (args.llm, args.emoji))
     run_dir, results = as_typed(args.run_dir), as_typed(args.results)
-    run_whole(
-        functools.partial(run, run_dir, args.seeds, args.sizes, args.only, results / args.sizes, llm, emoji), run_dir
-    )
+    seeds = [Seed(run_dir, number, SIZES[args.sizes], llm, emoji) for number in args.seeds]
+    run_whole(functools.partial(run, run_dir, seeds, args.only, results / args.sizes), run_dir)
 
 
-def run(
-    run_dir: Path,
-    seeds: Sequence[int],
-    sizes: str,
-    only: str,
-    results: Path,
-    llm: Path | None = None,
-    emoji: Path | None = None,
-) -> None:
-    """All jobs of these seeds in one queue; a seed's results as soon as they are whole."""
+def run(run_dir: Path, seeds: Sequence[Seed], only: str, results: Path) -> None:
+    """All jobs of these seeds in one queue; a seed's results as soon as they are whole. All have the same sizes."""
     os.chdir(ROOT)
     for name in ("jobs", "logs"):
         (run_dir / name).mkdir(parents=True, exist_ok=True)
     with locked(run_dir, "run"):
-        captions, answers = chosen_arms(only)
-        jobs_of = {
-            seed: seed.jobs(captions, answers) for seed in (Seed(run_dir, n, SIZES[sizes], llm, emoji) for n in seeds)
-        }
+        captions, answers = chosen_arms(only, given_llm=seeds[0].given_llm is not None)
+        jobs_of = {seed: seed.jobs(captions, answers) for seed in seeds}
         jobs = [job for of_seed in jobs_of.values() for job in of_seed]
         clear_unfinished(run_dir, jobs)
         left = {job for job in jobs if not job.result.exists()}
@@ -74,7 +70,8 @@ def run(
 
         def collect_whole() -> None:
             for seed in [seed for seed in uncollected if left.isdisjoint(jobs_of[seed])]:
-                write_json(results / f"seed-{seed.number}.json", collect(seed, jobs_of[seed]), indent=1)
+                found = collect(seed, captions, answers, jobs_of[seed])
+                write_json(results / f"seed-{seed.number}.json", found, indent=1)
                 uncollected.remove(seed)
 
         def finished(job: Job, seconds: float) -> None:
@@ -85,16 +82,20 @@ def run(
 
         results.mkdir(parents=True, exist_ok=True)
         collect_whole()
-        side_by_side(jobs, run_dir / "logs", finished, gpu=SIZES[sizes].gpu)
-    if not only and sizes != "quick":
+        side_by_side(jobs, run_dir / "logs", finished, gpu=seeds[0].sizes.gpu)
+    if not only and results.parent == RESULTS and results.name != "quick":
         call(("python", "-m", "experiments.report"))
 
 
-def chosen_arms(only: str) -> tuple[list[CaptionArm], list[AnswerArm]]:
-    """The arms with a text in their name, and the arms of stage 1 that those of stage 2 start from."""
+def chosen_arms(only: str, *, given_llm: bool = False) -> tuple[list[CaptionArm], list[AnswerArm]]:
+    """The arms with a text in their name, and the arms of stage 1 that those of stage 2 start from.
+
+    A given LLM has read nothing of how sure a text is, so for it there is no other, plain one.
+    """
     answers = [arm for arm in STAGE_2 if only in arm.name]
     starts = {arm.start for arm in answers}
     captions = [arm for arm in STAGE_1 if only in arm.name or arm.name in starts]
+    captions = [arm for arm in captions if not (given_llm and arm.llm)]
     if not captions:
         raise RunError(f"--only is {only!r}; it needs to be in the name of an arm")
     return captions, answers
@@ -103,14 +104,16 @@ def chosen_arms(only: str) -> tuple[list[CaptionArm], list[AnswerArm]]:
 # ---------------------------------------------------------------------------------------------------- results
 
 
-def collect(seed: Seed, jobs: Sequence[Job]) -> dict[str, Any]:
-    """A seed's results file, from its measures."""
+def collect(
+    seed: Seed, captions: Sequence[CaptionArm], answers: Sequence[AnswerArm], jobs: Sequence[Job]
+) -> dict[str, Any]:
+    """A seed's results file, from the measures of its arms, which are all that there are."""
     noise = {}
-    for arm in STAGE_1:
-        if (arm.levels, arm.num_levels, arm.cut) == ("score", 8, "count"):
-            noise[arm.noise.name] = evaluate_levels(seed.level_file(arm), seed.noise(arm.noise) / "pairs.json")
+    for arm in captions:
+        if (arm.levels, arm.num_levels, arm.cut, arm.llm) == ("score", 8, "count", ""):
+            noise[arm.noise.name] = levels_found(seed, arm)
     stage_1 = {}
-    for arm in STAGE_1:
+    for arm in captions:
         found = read_measures(seed, arm)
         stage_1[arm.name] = {"noise": arm.noise.name} | {split: found[split] for split in ("validation", "test")}
         if "emoji" in found:
@@ -120,31 +123,33 @@ def collect(seed: Seed, jobs: Sequence[Job]) -> dict[str, Any]:
     return {
         "seed": seed.number,
         "sizes": dataclasses.asdict(seed.sizes),
-        "commit": commit(),
+        "commits": commits(seed.run, jobs),
         "device": device_name(seed.sizes.gpu),
-        "minutes": round(total_seconds(seed.run, jobs) / 60, 1),  # of one core
-        "runs": 1 + (seed.given_llm is None) + len(STAGE_1) + len(STAGE_2),  # models trained, the tower among them
+        "job minutes": round(total_seconds(seed.run, jobs) / 60, 1),  # two jobs run at a time
+        "runs": sum(job.metrics is not None for job in jobs),  # models trained, tower and LLMs among them
+        "measured": {
+            "pictures": measure.PICTURES,
+            "questions": measure.QUESTIONS,
+            "questions by level": measure.QUESTIONS_BY_LEVEL,
+        },
         "noise": noise,
         "stage 1": stage_1,
-        "stage 2": {arm.name: read_measures(seed, arm) for arm in STAGE_2},
-        "samples": read_measures(seed, STAGE_1[0])["samples"],
+        "stage 2": {arm.name: read_measures(seed, arm) for arm in answers},
+        "samples": read_measures(seed, captions[0])["samples"],
     }
+
+
+def levels_found(seed: Seed, arm: CaptionArm) -> dict[str, Any]:
+    """How well the scores found the true alignment, and the true facts by level as a model's captions are measured."""
+    levels, pairs = seed.level_file(arm), seed.noise(arm.noise) / "pairs.json"
+    captions = [record["conversations"][1]["value"] for record in json.loads(pairs.read_text(encoding="utf-8"))]
+    level_of = read_table(levels, "levels", ["level"])[0]["level"].to_pylist()
+    facts = mean_true_facts(captions, read_scenes(seed.train_scenes), level_of)
+    return evaluate_levels(levels, pairs) | {"mean true facts": facts}
 
 
 def read_measures(seed: Seed, arm: CaptionArm | AnswerArm) -> dict[str, Any]:
     return json.loads(seed.measures(arm).read_text(encoding="utf-8"))
-
-
-def commit() -> str:
-    """The commit's name, with a plus sign if files but results differ from it; "unknown" outside a repository."""
-    git = ["git", "-C", str(ROOT)]
-    status = [*git, "status", "--porcelain", "--", ".", ":!experiments/results"]
-    try:
-        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name + ("+" if changed.strip() else "")
 
 
 def device_name(gpu: bool) -> str:

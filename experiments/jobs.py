@@ -1,10 +1,11 @@
 """A seed's jobs, each a command that anyone can give by hand, and what says that one is done.
 
-    RUN/seed-N/scenes/{train,validation,test}, vision, llm; with --emoji, scenes/{train,test}/emoji.json
+    RUN/seed-N/scenes/{train,validation,test}, vision, llm, llm-plain; with --emoji, scenes/{train,test}/emoji.json
     RUN/seed-N/noise/NOISE/                     pairs.json, scores/, and the levels that its arms need
     RUN/seed-N/stage-{1,2}/ARM                  training runs
+    RUN/seed-N/drawn/ARM                        models of stage 1 with a gate that is drawn larger
     RUN/seed-N/measures/stage-{1,2}/ARM.json    python -m experiments.measure
-    RUN/jobs/JOB.json                           what a job was done by, its command and code, and its seconds
+    RUN/jobs/JOB.json                           what a job was done by, its command, code and commit, and its seconds
     RUN/logs/JOB.log                            what it said
 
 A result counts if it was made by the command that would make it now, with the same code of what decides it. A measure
@@ -15,6 +16,7 @@ import functools
 import hashlib
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ CODE = {
     "demo.language": ("demo/language.py", "demo/miniature.py", SCENES),
     "experiments.noise": ("experiments/noise.py", "experiments/emoji.py", SCENES),
     "experiments.emoji": ("experiments/emoji.py",),
+    "experiments.gate": ("experiments/gate.py",),
     "experiments.measure": ("experiments/measure.py", "demo/evaluate.py", SCENES),
 }
 # Pictures are decoded alike whatever is installed.
@@ -59,9 +62,9 @@ class Seed:
     def train_scenes(self) -> Path:
         return self.folder / "scenes/train"
 
-    @property
-    def llm(self) -> Path:
-        return self.given_llm or self.folder / "llm"
+    def llm(self, kind: str = "") -> Path:
+        assert not (kind and self.given_llm), f"of a given LLM there is no {kind} one"
+        return self.given_llm or self.folder / (f"llm-{kind}" if kind else "llm")
 
     @property
     def names(self) -> tuple[Path, ...]:
@@ -85,10 +88,15 @@ class Seed:
         jobs = [self.scenes("train", sizes.train), self.scenes("test", sizes.test), *self.parts()]
         jobs.append(self.scenes("validation", sizes.validation))
         for arm in captions:
+            jobs += [self.language(arm.llm)] if arm.llm else []
             jobs += [*self.data(arm), self.captioning(arm), self.measuring(arm)]
         starts = {arm.name: self.model(arm) for arm in captions}
         for answer_arm in answers:
-            jobs += [self.answering(answer_arm, starts[answer_arm.start]), self.measuring(answer_arm)]
+            start = starts[answer_arm.start]
+            if answer_arm.gate_drawn != 1:
+                jobs.append(self.drawing(answer_arm, start))
+                start = jobs[-1].result
+            jobs += [self.answering(answer_arm, start), self.measuring(answer_arm)]
         return list(dict.fromkeys(jobs))
 
     def named(self, name: str) -> str:
@@ -123,7 +131,13 @@ class Seed:
             needs=self.names,
         )
         if self.given_llm is None:
-            yield miniature(self.named("LLM"), "language", self.llm, sizes.language, seed=seed, steps=sizes.llm_steps)
+            yield self.language()
+
+    def language(self, kind: str = "") -> Job:
+        """The LLM, or the one of another kind."""
+        options = self.sizes.language + (("--sureness", "0") if kind == "plain" else ())
+        name = self.named(f"{kind} LLM".strip())
+        return miniature(name, "language", self.llm(kind), options, seed=self.number, steps=self.sizes.llm_steps)
 
     def data(self, arm: CaptionArm) -> Iterator[Job]:
         """The pairs and levels of an arm."""
@@ -168,7 +182,7 @@ class Seed:
 
     def captioning(self, arm: CaptionArm) -> Job:
         """Stage 1 of an arm."""
-        parts, data = (self.llm, self.folder / "vision"), self.data_file(arm)
+        parts, data = (self.llm(arm.llm), self.folder / "vision"), self.data_file(arm)
         needs = [*parts, data]
         options = ["--model.llm", str(parts[0]), "--model.vision", str(parts[1]), "--data.path", str(data), *TRAINING]
         if arm.levels == "none":
@@ -181,12 +195,20 @@ class Seed:
         budget = (self.sizes.stage_1_batch, self.sizes.stage_1_rate, self.sizes.stage_1_steps)
         return self.training(arm, "pretrain", options, budget, needs)
 
+    def drawing(self, arm: AnswerArm, start: Path) -> Job:
+        """The model in `start` with a gate that is drawn larger."""
+        out = self.folder / "drawn" / slug(arm.name)
+        command = module("gate", start, out, "--times", f"{arm.gate_drawn:g}")
+        return Job(self.named(f"drawn: {arm.name}"), command, out, needs=(start,))
+
     def answering(self, arm: AnswerArm, start: Path) -> Job:
         """Stage 2 of an arm, from the model in `start`."""
         questions = self.train_scenes / "questions.json"
         options = ["--model.init", str(start), "--data.path", str(questions), "--data.template", "chat", *TRAINING]
         options += ["--model.align-mode", arm.mode] + (["--model.random-table"] if arm.random_table else [])
-        options += arm.options
+        options += ["--model.train", "llm", "projector"] if arm.gate_frozen else []
+        if arm.gate_rate != 1:
+            options += ["--optim.align-lr", f"{arm.gate_rate * self.sizes.stage_2_rate:g}"]
         budget = (self.sizes.stage_2_batch, self.sizes.stage_2_rate, self.sizes.stage_2_steps)
         return self.training(arm, "finetune", options, budget, [start, self.train_scenes])
 
@@ -242,12 +264,33 @@ def code_hash(files: tuple[str, ...]) -> str:
 
 def record(run: Path, job: Job, seconds: float) -> None:
     """Write down that a job is done."""
-    write_json(record_file(run, job), made_by(job) | {"seconds": round(seconds, 1)})
+    write_json(record_file(run, job), made_by(job) | {"commit": commit(), "seconds": round(seconds, 1)})
+
+
+def commit() -> str:
+    """The commit's name, with a plus sign if files but results differ from it; "unknown" outside a repository."""
+    git = ["git", "-C", str(ROOT)]
+    status = [*git, "status", "--porcelain", "--", ".", ":!experiments/results"]
+    try:
+        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name + ("+" if changed.strip() else "")
 
 
 def total_seconds(run: Path, jobs: Sequence[Job]) -> float:
     """How long these jobs took together, without what an interruption lost."""
-    return sum(json.loads(record_file(run, job).read_text(encoding="utf-8"))["seconds"] for job in jobs)
+    return sum(recorded(run, job)["seconds"] for job in jobs)
+
+
+def commits(run: Path, jobs: Sequence[Job]) -> list[str]:
+    """The commits at which these jobs ended."""
+    return sorted({recorded(run, job)["commit"] for job in jobs})
+
+
+def recorded(run: Path, job: Job) -> dict[str, Any]:
+    return json.loads(record_file(run, job).read_text(encoding="utf-8"))
 
 
 def clear_unfinished(run: Path, jobs: Sequence[Job]) -> None:
@@ -258,7 +301,7 @@ def clear_unfinished(run: Path, jobs: Sequence[Job]) -> None:
     """
     for job in jobs:
         file = record_file(run, job)
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        found = recorded(run, job) if file.exists() else None
         if found is not None and {**found, **made_by(job)} == found and job.result.exists():
             continue
         if found is not None and job.result.exists() and "experiments.measure" not in job.command:

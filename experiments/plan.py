@@ -46,7 +46,7 @@ SIZES = {
     # Its LLM is given, so it takes no steps.
     "smollm2": Sizes(12_000, 500, 1_000, 600, 0, 400, 32, 200, 128, stage_2_rate=1e-4, training=_ON_A_GPU, gpu=True),
 }  # fmt: skip
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = (2, 3, 4, 5, 6)  # `make demo`, whose recipe and rates these are, was tuned while looking at seeds 0 and 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class CaptionArm:
 
     levels: where a pair's level is from. "score": CLIP's score, cut into parts of equal count or equal range; "true":
     the true alignment, cut into parts of equal count; "random": a draw; "constant": the same one for all pairs; "none":
-    there is no alignment token.
+    there is no alignment token. llm: "" for the LLM that documents told how sure their authors were, "plain" for one
+    that has read nothing of it.
     """
 
     name: str
@@ -80,18 +81,21 @@ class CaptionArm:
     num_levels: int = 8
     cut: Literal["count", "range"] = "count"
     best_quarter: bool = False  # train on the quarter of the pairs with the highest scores alone
+    llm: Literal["", "plain"] = ""
     stage = "stage-1"
 
 
 @dataclass(frozen=True)
 class AnswerArm:
-    """A run of stage 2. start: the arm of stage 1 that it goes on from. options: what else differs, as it is typed."""
+    """A run of stage 2. start: the arm of stage 1 that it goes on from."""
 
     name: str
     mode: Literal["adaptive", "local", "global", "average", "none"]
     start: str = "8 levels"
     random_table: bool = False
-    options: tuple[str, ...] = ()
+    gate_frozen: bool = False
+    gate_rate: float = 1  # times the stage's rate
+    gate_drawn: float = 1  # times its weights as they are drawn, when training begins
     stage = "stage-2"
 
 
@@ -118,6 +122,9 @@ STAGE_1 = (
     CaptionArm("16 levels", "score", num_levels=16),
     CaptionArm("8 levels, equal range", "score", cut="range"),
     CaptionArm("top quarter", "none", best_quarter=True),
+    CaptionArm("8 levels, plain LLM", "score", llm="plain"),
+    CaptionArm("no token, plain LLM", "none", llm="plain"),
+    CaptionArm("top quarter, plain LLM", "none", best_quarter=True, llm="plain"),
     *(arm for noise in NOISES[1:] for arm in under(noise)),
 )
 STAGE_2 = (
@@ -126,7 +133,8 @@ STAGE_2 = (
     AnswerArm("global", "global"),
     AnswerArm("average", "average"),
     AnswerArm("random table", "adaptive", random_table=True),
-    AnswerArm("gate frozen", "adaptive", options=("--model.train", "llm", "projector")),
-    AnswerArm("gate rate x 10", "adaptive", options=("--optim.align-lr", "0.01")),
+    AnswerArm("gate frozen", "adaptive", gate_frozen=True),
+    AnswerArm("gate rate x 10", "adaptive", gate_rate=10),
+    AnswerArm("gate drawn x 4", "adaptive", gate_drawn=4),
     AnswerArm("no token", "none", start="no token"),
 )

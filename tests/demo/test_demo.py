@@ -3,11 +3,14 @@
 import fcntl
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -40,6 +43,18 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def tokenizer():
     return word_tokenizer(language.WORDS, chat_template=CHAT_TEMPLATE)
+
+
+def test_an_llm_may_have_read_nothing_of_sureness(tokenizer):
+    """The documents are the same but for that word, and three of five have it unless it is asked for otherwise."""
+    said, plain = (
+        [language.document(tokenizer, random, **share) for _ in range(400)]
+        for random, share in ((Random(0), {}), (Random(0), {"share_sure": 0.0}))
+    )
+    assert {document.sureness for document in plain} == {None}
+    assert [replace(document, sureness=None) for document in said] == plain
+    count = sum(document.sureness is not None for document in said)
+    assert count / 400 == pytest.approx(0.6, abs=0.075)  # three standard deviations
 
 
 def test_the_llms_documents_are_questions_as_stage_2_asks_them(tokenizer, tmp_path):
@@ -329,6 +344,47 @@ sys.exit(3)
     assert not (tmp_path / "third").exists()
     with pytest.raises(RunError, match=r"third failed \(0\)"):  # it left no result
         demo.side_by_side([job("third", third)])
+
+
+def test_no_job_outlives_a_run_that_is_killed(tmp_path):
+    """The job holds the pipe's other end until it ends; given again, the same list of jobs goes through."""
+    pipe, goes_on = tmp_path / "pipe", tmp_path / "goes on"
+    os.mkfifo(pipe)
+    done = tmp_path / "done"
+    code = f"""
+import os, pathlib, signal
+if not os.path.exists({str(goes_on)!r}):
+    held = open({str(pipe)!r}, "w")
+    print(os.getpid(), file=held, flush=True)
+    signal.pause()
+pathlib.Path({str(done)!r}).touch()
+"""
+    runs = f"""
+from pathlib import Path
+from demo.jobs import Job, side_by_side
+job = Job("waits", {(sys.executable, "-c", code)!r}, Path({str(done)!r}))
+side_by_side([job], Path({str(tmp_path)!r}))
+"""
+    command = [sys.executable, "-c", runs]
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        assert select.select([reader], [], [], 60)[0]
+        job = int(os.read(reader, 100))
+        run.kill()
+        run.wait()
+        ended = bool(select.select([reader], [], [], 30)[0]) and os.read(reader, 100) == b""
+    finally:
+        os.close(reader)
+        run.kill()
+        run.wait()
+    if not ended:
+        os.kill(job, signal.SIGKILL)
+    assert ended
+    assert not done.exists()
+    goes_on.touch()
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    assert done.exists()
 
 
 def test_a_folder_is_made_whole_or_not_at_all(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from aligngpt.data.llava_json import read_llava_json
 from aligngpt.data.scenes import FACTS, Thing, caption, draw_scene, parse_caption, read_scenes, write_scenes
-from experiments.noise import best_quarter, noisy_captions, true_levels
+from experiments.noise import best_quarter, mean_true_facts, noisy_captions, true_levels
 from experiments.plan import BIASED, NOISES, SWAPPED, Noise
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +91,22 @@ def test_the_best_quarter_is_that_of_the_levels():
     assert [record["id"] for record in best_quarter(records)] == [0, 3, 5]
     with pytest.raises(ValueError, match="the records have 6 levels; a quarter of them needs a multiple of 4"):
         best_quarter([{"align_level": 5}])
+
+
+def test_true_facts_are_counted_by_level_and_without_scenes_of_one_object():
+    scene = (Thing("large", "red", "circle", "top", "left"), Thing("small", "blue", "star", "middle", "right"))
+    captions = {
+        "large red circle top left and small blue star middle left": (1, scene),  # 9 of 10
+        # The kindest pairing is the crossed one: blue, star, middle; large, circle, left.
+        "large blue star middle left and large blue circle bottom left": (1, scene),
+        "small green square bottom right": (1, scene[:1]),
+        caption(scene): (0, scene),
+        "small green square": (2, scene[1:]),
+        "balloon": (0, None),
+    }
+    levels = [level for level, _ in captions.values()]
+    scenes = [of for _, of in captions.values() if of]
+    assert mean_true_facts(list(captions), scenes, levels) == [1.0, pytest.approx((0.9 + 0.6) / 2), None]
 
 
 def test_a_rate_of_nothing_is_refused():

@@ -12,6 +12,7 @@ import pytest
 
 from demo.jobs import Job, RunError, side_by_side
 from experiments import jobs as experiments_jobs
+from experiments import measure
 from experiments.__main__ import chosen_arms, collect
 from experiments.jobs import Seed, clear_unfinished, record, total_seconds
 from experiments.plan import SIZES, STAGE_1, STAGE_2, SWAPPED, UNIFORM, CaptionArm
@@ -40,20 +41,27 @@ def test_every_job_stands_on_jobs_before_it_and_writes_its_own_result(seed):
         word for job in jobs for word in job.command if word in ("training/pretrain.py", "training/finetune.py")
     )
     assert kinds == {"training/pretrain.py": len(STAGE_1), "training/finetune.py": len(STAGE_2)}
+    llms = {job.result.name: job.command[8:] for job in jobs if "demo.language" in job.command}
+    assert llms == {"llm": (), "llm-plain": ("--sureness", "0")}
+    none_plain = seed.jobs([arm for arm in STAGE_1 if not arm.llm], ())
+    assert sum("demo.language" in job.command for job in none_plain) == 1
     assert sum("score" in job.command for job in jobs) == 5  # once for each noise
 
 
 def test_a_given_llm_and_emoji_take_the_place_of_what_is_made(tmp_path):
     """The LLM of a folder is trained on as it is, the tower learns the emoji's names; larger sizes reach commands."""
     seed = Seed(tmp_path / "run", 3, SIZES["smollm2"], tmp_path / "llm", tmp_path / "emoji")
-    jobs = seed.jobs(STAGE_1, STAGE_2)
+    captions, answers = chosen_arms("", given_llm=True)
+    assert len(captions) == len(STAGE_1) - 3  # without the plain LLM's
+    jobs = seed.jobs(captions, answers)
     there = {tmp_path / "llm"}
     for job in jobs:
         assert there.issuperset(job.needs), job.name
         there.add(job.result)
     commands = [" ".join(job.command) for job in jobs]
     assert not any("demo.language" in command for command in commands)
-    assert sum(f"--model.llm {tmp_path}/llm " in command for command in commands) == len(STAGE_1)
+    assert sum(f"--model.llm {tmp_path}/llm " in command for command in commands) == len(captions)
+    assert [c.split("--optim.align-lr ")[1].split()[0] for c in commands if "align-lr" in c] == ["0.001"]  # 10 x 1e-4
     emoji = next(job for job in jobs if "experiments.emoji" in job.command)
     for job in jobs:
         reads = job.command[2] in ("demo.vision", "experiments.measure", "experiments.noise")
@@ -101,7 +109,15 @@ def test_arms_differ_in_nothing_but_what_they_are(seed):
     """The entry points take every command, and the settings they make of them differ where the arms do."""
     found = {name: flat(dataclasses.asdict(config)) for name, config in configs(seed).items()}
     assert len(found) == len(STAGE_1) + len(STAGE_2)
-    own = {"run_dir", "data.path", "data.levels", "data.levels_hash", "model.align_mode", "model.num_levels"}
+    own = {
+        "run_dir",
+        "model.llm",
+        "data.path",
+        "data.levels",
+        "data.levels_hash",
+        "model.align_mode",
+        "model.num_levels",
+    }
     of_answers = {"model.init", "model.random_table", "model.train", "optim.align_lr"}
     for stage, more in (("stage-1", set()), ("stage-2", of_answers)):
         first, *others = [config for name, config in found.items() if name.startswith(stage)]
@@ -122,9 +138,20 @@ def test_arms_differ_in_nothing_but_what_they_are(seed):
     assert settings("true levels, swapped 0.5") == ["swapped-0.5/8-levels-true.json", "record", None, 8]
     assert settings("no token, uniform 0.75") == ["uniform-0.75/pairs.json", "record", "none", None]
     assert settings("top quarter, biased 0.5") == ["biased-0.5/best-quarter.json", "record", "none", None]
+    plain = ("8 levels, plain LLM", "no token, plain LLM", "top quarter, plain LLM")
+    for name in plain:
+        assert settings(name) == settings(name.removesuffix(", plain LLM"))
+    for name, config in found.items():
+        if name.startswith("stage-1"):
+            llm = "llm-plain" if name.removeprefix("stage-1: ") in plain else "llm"
+            assert config["model.llm"] == str(seed.folder / llm)
     for arm in STAGE_2:
         config = found[f"stage-2: {arm.name}"]
-        assert config["model.init"] == str(seed.folder / "stage-1" / arm.start.replace(" ", "-") / "model")
+        start = f"stage-1/{arm.start.replace(' ', '-')}/model"
+        start = "drawn/gate-drawn-x-4" if arm.name == "gate drawn x 4" else start
+        assert config["model.init"] == str(seed.folder / start)
+        assert config["optim.align_lr"] == (0.01 if arm.name == "gate rate x 10" else None)
+        assert ("gate" in config["model.train"]) == (arm.name != "gate frozen")
         assert (config["model.align_mode"], config["model.random_table"]) == (arm.mode, arm.random_table)
     assert len({json.dumps(config, default=str, sort_keys=True) for config in found.values()}) == len(found)
 
@@ -136,7 +163,7 @@ def test_no_two_seeds_share_anything(tmp_path):
     for one, other in zip(first, second, strict=True):
         differing = [pair for pair in zip(one.command, other.command, strict=True) if pair[0] != pair[1]]
         draws = "experiments.measure" not in one.command and one.command[0] != "aligngpt"
-        draws = draws and "constant" not in one.command and "best-quarter" not in one.command
+        draws = draws and not {"constant", "best-quarter", "experiments.gate"} & set(one.command)
         assert (("--seed" in one.command), any(a.startswith("0") for a, _ in differing)) == (draws, draws), one.name
 
 
@@ -180,7 +207,7 @@ def test_a_result_counts_if_its_command_and_code_would_make_it_again(seed, monke
 
 
 def test_jobs_begin_when_what_they_need_is_there(tmp_path):
-    """The third, which needs nothing, overtakes the second, which needs the first; two at a time, never three."""
+    """The third, which needs nothing, overtakes the second, which needs the first, and runs beside the first."""
 
     def job(name: str, code: str, *needs: str) -> Job:
         result = tmp_path / name
@@ -198,7 +225,8 @@ def test_jobs_begin_when_what_they_need_is_there(tmp_path):
 
 def test_a_seeds_measures_become_its_results(seed, monkeypatch):
     jobs = seed.jobs(STAGE_1, STAGE_2)
-    for job in jobs:
+    for number, job in enumerate(jobs):
+        monkeypatch.setattr(experiments_jobs, "commit", lambda number=number: f"{number % 2}abc")
         record(seed.run, job, 6)
     for arm in STAGE_1:
         levels = ["none"] if arm.levels == "none" else map(str, range(arm.num_levels))
@@ -206,20 +234,26 @@ def test_a_seeds_measures_become_its_results(seed, monkeypatch):
         content = {"validation": split, "test": split | {"of": arm.name}, "samples": [arm.name]}
         write(seed.measures(arm), json.dumps(content))
     for answer_arm in STAGE_2:
-        write(seed.measures(answer_arm), json.dumps({"validation": {"answer NLL": 1}, "test": {"of": answer_arm.name}}))
+        write(seed.measures(answer_arm), json.dumps({"test": {"of": answer_arm.name}}))
     asked = []
-    monkeypatch.setattr("experiments.__main__.evaluate_levels", lambda *files: asked.append(files) or {"n": len(asked)})
-    found = collect(seed, jobs)
-    assert (found["seed"], found["sizes"]["train"], found["runs"]) == (3, 320, 2 + len(STAGE_1) + len(STAGE_2))
-    assert found["minutes"] == round(len(jobs) / 10, 1)
+    monkeypatch.setattr("experiments.__main__.levels_found", lambda *of: asked.append(of) or {"n": len(asked)})
+    found = collect(seed, STAGE_1, STAGE_2, jobs)
+    # The tower and two LLMs.
+    assert (found["seed"], found["sizes"]["train"], found["runs"]) == (3, 320, 3 + len(STAGE_1) + len(STAGE_2))
+    assert found["job minutes"] == round(len(jobs) / 10, 1)
+    assert found["commits"] == ["0abc", "1abc"]
+    assert found["measured"]["pictures"] == measure.PICTURES
     assert list(found["noise"]) == ["uniform 0.5", "biased 0.5", "swapped 0.5", "uniform 0.25", "uniform 0.75"]
-    assert asked[2] == (seed.noise(SWAPPED) / "8-levels-count.parquet", seed.noise(SWAPPED) / "pairs.json")
+    assert [(of, arm.noise, arm.name) for of, arm in asked[:3:2]] == [
+        (seed, UNIFORM, "8 levels"),
+        (seed, SWAPPED, "8 levels, swapped 0.5"),
+    ]
     assert found["stage 1"].keys() == {arm.name for arm in STAGE_1}
     assert found["stage 1"]["8 levels, biased 0.5"]["noise"] == "biased 0.5"
     assert found["stage 1"]["4 levels"]["validation"].keys() == {"0", "1", "2", "3"}
     assert found["stage 1"]["4 levels"]["test"]["of"] == "4 levels"
     assert found["stage 1"]["one constant token"]["validation"].keys() == {"1"}  # 0 was never trained
-    assert found["stage 2"]["no token"] == {"validation": {"answer NLL": 1}, "test": {"of": "no token"}}
+    assert found["stage 2"]["no token"] == {"test": {"of": "no token"}}
     assert found["samples"] == ["8 levels"]
 
 
@@ -245,7 +279,7 @@ def test_a_seed_goes_through_and_on_from_what_it_left(tmp_path):
 
     done = run("swapped")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 of 21 jobs are left" in done.stdout
+    assert "0 of 18 jobs are left" in done.stdout
     measures = sorted((tmp_path / "run/seed-0/measures/stage-1").iterdir())
     assert [file.name for file in measures] == [
         f"{name}-swapped-0.5.json" for name in ("8-levels", "no-token", "top-quarter", "true-levels")

@@ -49,7 +49,7 @@ from training.plan import Lengths
 from training.processes import Stop
 from training.sharding import World
 
-WARM_UP, TIMED = 2, 5  # steps of a kind
+WARM_UP, TIMED = 8, 8  # steps of a kind; the first ones of a process are slower
 HELD_BY_A_WORKER = 5  # steps: four in hand and one in the making (aligngpt.batch.load_in_order)
 PHOTO = (640, 480)
 DRAWN_ROWS = 256  # of a weight; further rows repeat them

@@ -207,6 +207,7 @@ class Seed:
         options = ["--model.init", str(start), "--data.path", str(questions), "--data.template", "chat", *TRAINING]
         options += ["--model.align-mode", arm.mode] + (["--model.random-table"] if arm.random_table else [])
         options += ["--model.train", "llm", "projector"] if arm.gate_frozen else []
+        options += ["--model.gate-text", arm.gate_text] if arm.gate_text != "prompt" else []
         if arm.gate_rate != 1:
             options += ["--optim.align-lr", f"{arm.gate_rate * self.sizes.stage_2_rate:g}"]
         budget = (self.sizes.stage_2_batch, self.sizes.stage_2_rate, self.sizes.stage_2_steps)

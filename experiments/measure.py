@@ -234,6 +234,7 @@ def measure_answers(speaker: Speaker, scenes: Path) -> dict[str, Any]:
     """Scores on the test split."""
     if speaker.processor.template == "plain":
         raise ValueError("model writes in the template 'plain'; stage 2 needs one for questions")
+    speaker.processor.gate_text = "prompt"  # when one asks there is no answer yet for the gate to read
     found = {}
     for split, number in QUESTIONS.items():
         asked = read_questions(scenes / split)[:number]

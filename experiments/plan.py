@@ -87,7 +87,10 @@ class CaptionArm:
 
 @dataclass(frozen=True)
 class AnswerArm:
-    """A run of stage 2. start: the arm of stage 1 that it goes on from."""
+    """A run of stage 2. start: the arm of stage 1 that it goes on from.
+
+    gate_text: what the gate reads in training, "prompt" or, as in the public code, "all", the answer too.
+    """
 
     name: str
     mode: Literal["adaptive", "local", "global", "average", "none"]
@@ -96,6 +99,7 @@ class AnswerArm:
     gate_frozen: bool = False
     gate_rate: float = 1  # times the stage's rate
     gate_drawn: float = 1  # times its weights as they are drawn, when training begins
+    gate_text: Literal["prompt", "all"] = "prompt"
     stage = "stage-2"
 
 
@@ -136,5 +140,6 @@ STAGE_2 = (
     AnswerArm("gate frozen", "adaptive", gate_frozen=True),
     AnswerArm("gate rate x 10", "adaptive", gate_rate=10),
     AnswerArm("gate drawn x 4", "adaptive", gate_drawn=4),
+    AnswerArm("gate reads answers", "adaptive", gate_text="all"),
     AnswerArm("no token", "none", start="no token"),
 )

@@ -48,7 +48,7 @@ MAIN = (OURS, NONE, QUARTER, TRUE, "random levels", "one constant token")
 CUTS = (OURS, "2 levels", "4 levels", "16 levels", "8 levels, equal range")
 NUM_LEVELS, FIRST_NOISE, OWN = 8, "uniform 0.5", "the pairs' own"
 PLAIN = tuple(f"{arm}, plain LLM" for arm in (OURS, NONE, QUARTER))
-FROZEN, WILDER = "gate frozen", ("gate rate x 10", "gate drawn x 4")
+FROZEN, WILDER = "gate frozen", ("gate rate x 10", "gate drawn x 4", "gate reads answers")
 MODES = ("adaptive", "local", "global", "average", "random table", FROZEN, *WILDER, NONE)
 
 

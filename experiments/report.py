@@ -106,7 +106,9 @@ pairs with the best CLIP scores, each seen about four times as often. *true leve
 scores would give. *random levels*, *one constant token*: tokens that say nothing. **Arms of stage 2**, on the same
 questions: the modes of the gate, each from the stage 1 with 8 levels; *random table*: adaptive, with a table of random
 numbers; *gate frozen*: adaptive, the gate left as it was drawn; *gate rate x 10*: adaptive, its rate ten times as high;
-*gate drawn x 4*: adaptive, its weights four times as large when training begins; *no token*: LLaVA, from its stage 1.
+*gate drawn x 4*: adaptive, its weights four times as large when training begins; *gate reads answers*: adaptive,
+trained as the public code trains it, with the answer in the mean text that the gate sees, which is not there when one
+asks; *no token*: LLaVA, from its stage 1.
 
 **Seeds** are 2 to 6. Each changes data, noise, CLIP tower, LLM and training together; arms are compared within a seed.
 Intervals are 95 %, of paired differences, by Student's t with a degree of freedom less than seeds. ▲ (better) and ▼

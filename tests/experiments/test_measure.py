@@ -154,6 +154,7 @@ def test_answers_read_in_one_pass_are_those_that_are_generated(scenes, monkeypat
         optimizer.zero_grad()
     model.eval()
 
+    processor.gate_text = "all"  # in training; an answer that is read here is not for the gate to see
     (found,) = measure_answers(speaker, scenes).values()  # of the test split alone
     generated = evaluate_answers(speaker, scenes / "test")
     assert 0.2 < sum(found["accuracy"].values()) / 7 < 0.9  # seven kinds were asked

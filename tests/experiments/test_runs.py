@@ -118,7 +118,7 @@ def test_arms_differ_in_nothing_but_what_they_are(seed):
         "model.align_mode",
         "model.num_levels",
     }
-    of_answers = {"model.init", "model.random_table", "model.train", "optim.align_lr"}
+    of_answers = {"model.init", "model.random_table", "model.train", "model.gate_text", "optim.align_lr"}
     for stage, more in (("stage-1", set()), ("stage-2", of_answers)):
         first, *others = [config for name, config in found.items() if name.startswith(stage)]
         for other in others:
@@ -152,6 +152,7 @@ def test_arms_differ_in_nothing_but_what_they_are(seed):
         assert config["model.init"] == str(seed.folder / start)
         assert config["optim.align_lr"] == (0.01 if arm.name == "gate rate x 10" else None)
         assert ("gate" in config["model.train"]) == (arm.name != "gate frozen")
+        assert config["model.gate_text"] == ("all" if arm.name == "gate reads answers" else None)
         assert (config["model.align_mode"], config["model.random_table"]) == (arm.mode, arm.random_table)
     assert len({json.dumps(config, default=str, sort_keys=True) for config in found.values()}) == len(found)
 

@@ -85,6 +85,8 @@ Written by `python -m experiments.report` from the files in [experiments/results
 nothing else; a test fails when this page says anything different.
 
 ## In short
+
+In brackets are a paired difference, its 95 % interval and the number of seeds.
 """
 METHOD = """\
 ## How it was done
@@ -383,14 +385,24 @@ def readme_block(files: Files) -> str:
     for arm in MAIN[:4]:
         found = [captions(results, arm, measure) for measure in MEASURES[:4]]
         rows.append([arm, common(*found), *map(spread, found)])
-    said = (
-        f"Is the level obeyed? {obeyed(results)} With an LLM that has read nothing of sureness, true facts of levels "
-        f"against no token: {against(results, PLAIN[1], PLAIN[0])}. In stage 2 the accuracy of `adaptive` against no "
-        f"token is {compared(accuracy(results, 'adaptive'), accuracy(results, NONE))}. The gate {gate_said(results)} "
-        f"{advice(results)} All that was compared: [docs/evidence.md](docs/evidence.md)."
-    )
+    said = [
+        f"**Is the level obeyed?** {obeyed(results)}",
+        f"**With an LLM that has read nothing of sureness**, true facts of levels against no token: "
+        f"{against(results, PLAIN[1], PLAIN[0])}.",
+        f"**Stage 2**, accuracy of `adaptive` against no token: "
+        f"{compared(accuracy(results, 'adaptive'), accuracy(results, NONE))}.",
+        f"**The gate** {gate_said(results)}",
+        f"**Which to use.** {advice(results)}",
+    ]
     head = ["arm", "seeds", *(measure.head for measure in MEASURES[:4])]
-    return f"{table(head, rows)}\n{textwrap.fill(said, 120, break_on_hyphens=False)}"
+    bullets = "\n".join(
+        textwrap.fill(of, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False) for of in said
+    )
+    closing = (
+        "In brackets: the paired difference, its 95 % interval, the number of seeds. All comparisons, plots and\n"
+        "captions beside their pictures: [docs/evidence.md](docs/evidence.md)."
+    )
+    return f"{table(head, rows)}\n{bullets}\n\n{closing}"
 
 
 def fill(text: str, block: str) -> str:

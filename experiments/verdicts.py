@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from aligngpt.data.scenes import KINDS
 from experiments.readings import (
     CUTS,
     FROZEN,
@@ -83,8 +84,27 @@ def compared(ours: Values, rival: Values, better: int = 1) -> str:
     if found is None:
         return "unmeasured"
     mean, other = (fmean(values[seed] for seed in ours.keys() & rival.keys()) for values in (ours, rival))
-    said = f"difference {signed(found.mean)}, 95 % interval {interval(found)}, {seeds(found.seeds)}"
-    return f"{mean:.3f} against {other:.3f}, **{word(ours, rival, better)}** ({said})"
+    return f"{mean:.3f} against {other:.3f}, **{word(ours, rival, better)}** ({apart(found)})"
+
+
+def apart(found: Estimate) -> str:
+    """A paired difference in brackets: its mean, its interval, how many seeds."""
+    return "; ".join([signed(found.mean)] + [interval(found)] * (found.interval is not None) + [seeds(found.seeds)])
+
+
+def standing(ours: Values, rivals: Mapping[str, Values], better: int = 1) -> str:
+    """An arm's mean among its rivals', which are put together by what may be said of them."""
+    if not ours:
+        return "unmeasured"
+    texts = {1: "better than", 0: "no difference seen from", -1: "worse than", None: "undecided, one seed, beside"}
+    said: dict[str, list[str]] = {text: [] for text in [*texts.values(), "not measured beside"]}
+    for arm, values in rivals.items():
+        if found := paired(ours, values):
+            text = f"{arm} {fmean(values.values()):.3f} ({apart(found)})"
+            said[texts[verdict(ours, values, better)]].append(text)
+        else:
+            said["not measured beside"].append(arm)
+    return f"{fmean(ours.values()):.3f}, " + "; ".join(f"{text} {', '.join(of)}" for text, of in said.items() if of)
 
 
 def seeds(number: int) -> str:
@@ -117,11 +137,23 @@ def in_short(results: Sequence[Result]) -> Iterator[str]:
         for noise, facts in by_noise(results, SAMPLED).items()
     )
     yield f"**Under each noise** 8 levels against no token / top quarter, sampled facts: {said or 'unmeasured'}."
-    found = accuracy(results, "adaptive")
-    said = "; ".join(f"against {arm} {compared(found, accuracy(results, arm))}" for arm in MODES[1:])
-    yield f"**Stage 2**, mean accuracy of `adaptive`: {said}."
+    for name, measured, better in (("mean accuracy", accuracy, 1), ("answers' NLL", answer_nll, -1)):
+        rivals = {arm: measured(results, arm) for arm in MODES[1:]}
+        yield f"**Stage 2**, {name} of `adaptive`: {standing(measured(results, 'adaptive'), rivals, better)}."
+    yield f"**Where modes differ in stage 2**, lowest and highest accuracy by kind of question: {ranges(results)}."
     yield f"**The gate** {gate_said(results)} {gate_why(results)}"
     yield f"**Which to use.** {advice(results)}"
+
+
+def ranges(results: Sequence[Result]) -> str:
+    """Of each kind of question the lowest and the highest mean among modes, the widest first."""
+    found: dict[str, tuple[float, float]] = {}
+    for kind in KINDS:
+        measured = [answers(results, arm, "accuracy", kind) for arm in MODES]
+        if means := [fmean(values.values()) for values in measured if values]:
+            found[kind] = min(means), max(means)
+    widest = sorted(found, key=lambda kind: found[kind][0] - found[kind][1])
+    return ", ".join(f"{kind} {found[kind][0]:.3f} to {found[kind][1]:.3f}" for kind in widest) or "unmeasured"
 
 
 def against(results: Sequence[Result], rival: str, arm: str = OURS) -> str:
@@ -172,14 +204,20 @@ def gate_why(results: Sequence[Result]) -> str:
     captioning = {seed: of[0] - of[-1] for seed, of in by_level(results, OURS, NLL).items()}
     bits, drawn = (answers(results, arm, "gate", "mutual information") for arm in ("adaptive", FROZEN))
     nats = answer_nll(results, "adaptive")
-    wilder = "; ".join(f"{arm} {compared(answer_nll(results, arm), nats, -1)}" for arm in WILDER)
+    other = "; ".join(
+        f"{arm} {compared(answer_nll(results, arm), nats, -1)}, "
+        f"{spread(answers(results, arm, 'gate', 'mutual information'))} bits"
+        for arm in WILDER
+    )
     said = (
         f"Between the best and the worst fixed level the answers' NLL differs by {spread(answering)} nats a token, and "
         f"that of true captions in stage 1 between the lowest and the highest level by {spread(captioning)}. A level "
         f"drawn by the gate's weights tells {spread(bits)} bits about the kind of question, and {spread(drawn)} where "
-        f"the gate was never trained. Answers' NLL against adaptive: {wilder}."
+        f"the gate was never trained. Answers' NLL beside adaptive: {other}."
     )
-    if verdict(nats, answer_nll(results, FROZEN), -1) == 0:
+    if helpful := [arm for arm in WILDER if verdict(answer_nll(results, arm), nats, -1) == 1]:
+        said += f" So the gate can do more than it does by the paper's recipe: {', '.join(helpful)}."
+    elif verdict(nats, answer_nll(results, FROZEN), -1) == 0:
         said += (
             " One reading, not a finding: the prompt and the picture, of which the gate makes its row, are read by the "
             "LLM anyway."

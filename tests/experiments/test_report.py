@@ -125,7 +125,7 @@ def test_a_verdict_follows_from_its_interval(page):
     """No token: 0.89 − 0.53 in every seed. Top quarter: differences of −0.02, 0.02 and 0."""
     said = bullet(page, "8 levels against no token")
     assert re.search(
-        r"at level 7, sampled 0\.8(89|90|91) against 0\.5(29|30|31), \*\*better\*\* \(difference \+0\.3", said
+        r"at level 7, sampled 0\.8(89|90|91) against 0\.5(29|30|31), \*\*better\*\* \(\+0\.3\d\d; \+0\.3", said
     )
     assert said.count("3 seeds") == 2
     said = bullet(page, "8 levels against top quarter")
@@ -139,9 +139,14 @@ def test_a_verdict_follows_from_its_interval(page):
     assert "uniform 0.5: better / no difference seen; biased 0.5: unmeasured / worse" in bullet(
         page, "Under each noise"
     )
-    said = bullet(page, "Stage 2")
-    assert "against global 0.900 against 0.900, **no difference seen** (difference +0.000" in said
-    assert "against no token 0.900 against 0.910, **worse**" in said
+    said = bullet(page, "Stage 2**, mean accuracy")
+    global_row = "no difference seen from global 0.900 (+0.000; +0.000 to +0.000; 3 seeds)"
+    no_token = "worse than no token 0.910 (−0.010; −0.010 to −0.010; 3 seeds)"
+    assert f"`adaptive`: 0.900, {global_row}; {no_token}; not measured beside local, average," in said
+    said = bullet(page, "Stage 2**, answers' NLL")
+    assert "0.100, no difference seen from global 0.100" in said
+    assert "worse than no token 0.090 (+0.010; " in said
+    assert ": size 0.900 to 0.910, color" in bullet(page, "Where modes differ")
     said = bullet(page, "With an LLM that has read nothing of sureness")
     assert re.search(
         r"against no token, plain LLM at level 0, sampled 0\.(499|500|501) against 0\.8\d\d, \*\*worse", said
@@ -226,13 +231,14 @@ def test_tables_hold_means_and_spreads(results, page):
 
 
 def test_the_gate_is_inert_where_training_it_changes_nothing_that_is_seen():
-    def said(*right_where_frozen: float, accuracy: float | None = None) -> str:
+    def said(*right_where_frozen: float, accuracy: float | None = None, drawn: float = 0.8) -> str:
         results = [made_up(seed, bits=0.3) for seed in range(len(right_where_frozen))]
         for result, right in zip(results, right_where_frozen, strict=True):
             arm = answer_arm(right, bits=0.2)
             if accuracy is not None:
                 arm["accuracy"] = dict.fromkeys(KINDS, accuracy)
-            result["stage 2"] |= {"gate frozen": {"test": arm}, "gate drawn x 4": {"test": answer_arm(0.8, bits=0.2)}}
+            larger = answer_arm(drawn, bits=0.2)
+            result["stage 2"] |= {"gate frozen": {"test": arm}, "gate drawn x 4": {"test": larger}}
         return f"{report.gate_said(results)} {report.gate_why(results)}"
 
     inert = said(0.91, 0.89, 0.9)
@@ -240,8 +246,10 @@ def test_the_gate_is_inert_where_training_it_changes_nothing_that_is_seen():
     assert "differs by 0.700 ± 0.000 nats a token" in inert
     assert "between the lowest and the highest level by 0.490 ± 0.000." in inert
     assert "tells 0.300 ± 0.000 bits about the kind of question, and 0.200 ± 0.000 where" in inert
-    assert "gate rate x 10 unmeasured; gate drawn x 4 0.200 against 0.100, **worse**" in inert
+    assert "gate rate x 10 unmeasured, — bits; gate drawn x 4 0.200 against 0.100, **worse**" in inert
     assert inert.endswith("are read by the LLM anyway.")
+    wakes = said(0.91, 0.89, 0.9, drawn=0.95)
+    assert wakes.endswith("So the gate can do more than it does by the paper's recipe: gate drawn x 4.")
     assert said(0.91, 0.89, 0.9, accuracy=0.5).startswith("is **inert**"), "accuracy decides nothing"
     helps = said(0.81, 0.79, 0.8)
     assert helps.startswith("is **not inert**: training it helps.")

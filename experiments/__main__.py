@@ -135,6 +135,7 @@ def collect(
         "noise": noise,
         "stage 1": stage_1,
         "stage 2": {arm.name: read_measures(seed, arm) for arm in answers},
+        "choosing": {arm.name: read_json(seed.choosing(arm)) for arm in answers if arm.mixes},
         "samples": read_measures(seed, captions[0])["samples"],
     }
 
@@ -149,7 +150,11 @@ def levels_found(seed: Seed, arm: CaptionArm) -> dict[str, Any]:
 
 
 def read_measures(seed: Seed, arm: CaptionArm | AnswerArm) -> dict[str, Any]:
-    return json.loads(seed.measures(arm).read_text(encoding="utf-8"))
+    return read_json(seed.measures(arm))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def device_name(gpu: bool) -> str:

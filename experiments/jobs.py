@@ -5,6 +5,7 @@
     RUN/seed-N/stage-{1,2}/ARM                  training runs
     RUN/seed-N/drawn/ARM                        models of stage 1 with a gate that is drawn larger
     RUN/seed-N/measures/stage-{1,2}/ARM.json    python -m experiments.measure
+    RUN/seed-N/measures/choosing/ARM.json       python -m experiments.choosing
     RUN/jobs/JOB.json                           what a job was done by, its command, code and commit, and its seconds
     RUN/logs/JOB.log                            what it said
 
@@ -36,7 +37,9 @@ CODE = {
     "experiments.emoji": ("experiments/emoji.py",),
     "experiments.gate": ("experiments/gate.py",),
     "experiments.measure": ("experiments/measure.py", "demo/evaluate.py", SCENES),
+    "experiments.choosing": ("experiments/choosing.py", "experiments/measure.py", "demo/evaluate.py", SCENES),
 }
+MEASURES = ("experiments.measure", "experiments.choosing")
 # Pictures are decoded alike whatever is installed.
 TRAINING = ("--data.decoder", "pil", "--save-every", "200", "--keep-last", "1")
 
@@ -80,6 +83,9 @@ class Seed:
     def measures(self, arm: CaptionArm | AnswerArm) -> Path:
         return self.folder / "measures" / arm.stage / f"{slug(arm.name)}.json"
 
+    def choosing(self, arm: AnswerArm) -> Path:
+        return self.folder / "measures/choosing" / f"{slug(arm.name)}.json"
+
     # ------------------------------------------------------------------------------------------------ jobs
 
     def jobs(self, captions: Sequence[CaptionArm], answers: Sequence[AnswerArm]) -> list[Job]:
@@ -97,6 +103,8 @@ class Seed:
                 jobs.append(self.drawing(answer_arm, start))
                 start = jobs[-1].result
             jobs += [self.answering(answer_arm, start), self.measuring(answer_arm)]
+            if answer_arm.mixes:
+                jobs.append(self.measuring_choice(answer_arm))
         return list(dict.fromkeys(jobs))
 
     def named(self, name: str) -> str:
@@ -239,6 +247,11 @@ class Seed:
         command = module("measure", arm.stage, self.model(arm), scenes, out)
         return Job(self.named(f"measures, {arm.stage}: {arm.name}"), command, out, needs=needs)
 
+    def measuring_choice(self, arm: AnswerArm) -> Job:
+        scenes, out = self.folder / "scenes", self.choosing(arm)
+        command = module("choosing", self.model(arm), scenes, out)
+        return Job(self.named(f"choosing: {arm.name}"), command, out, needs=(self.model(arm), scenes / "test"))
+
 
 def module(name: str, *words: str | Path) -> tuple[str, ...]:
     """The command `python -m experiments.NAME …`."""
@@ -305,7 +318,7 @@ def clear_unfinished(run: Path, jobs: Sequence[Job]) -> None:
         found = recorded(run, job) if file.exists() else None
         if found is not None and {**found, **made_by(job)} == found and job.result.exists():
             continue
-        if found is not None and job.result.exists() and "experiments.measure" not in job.command:
+        if found is not None and job.result.exists() and job.command[2] not in MEASURES:
             raise RunError(
                 f"{job.name} in --run-dir {run} was made by another command or other code; it needs its own folder. "
                 f"{file} says by which; without it {job.result} is made again, and what was made from it is not"

@@ -102,6 +102,11 @@ class AnswerArm:
     gate_text: Literal["prompt", "all"] = "prompt"
     stage = "stage-2"
 
+    @property
+    def mixes(self) -> bool:
+        """Whether its gate chooses levels for each question."""
+        return self.mode in ("adaptive", "local")
+
 
 def under(noise: Noise) -> tuple[CaptionArm, ...]:
     """The arms that are compared under each noise beside the first."""
@@ -142,4 +147,6 @@ STAGE_2 = (
     AnswerArm("gate drawn x 4", "adaptive", gate_drawn=4),
     AnswerArm("gate reads answers", "adaptive", gate_text="all"),
     AnswerArm("no token", "none", start="no token"),
+    AnswerArm("no token, from 8 levels", "none"),
+    AnswerArm("no token, from top quarter", "none", start="top quarter"),
 )

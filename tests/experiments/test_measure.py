@@ -17,7 +17,18 @@ from demo import language
 from demo.evaluate import Speaker, evaluate_answers, evaluate_captions, read_questions
 from demo.miniature import CHAT_TEMPLATE, word_tokenizer
 from experiments import measure
-from experiments.measure import hallucination, measure_answers, measure_captions, mutual_information, score_presence
+from experiments.choosing import measure_choice
+from experiments.measure import (
+    hallucination,
+    mean_accuracy,
+    mean_nll,
+    measure_answers,
+    measure_captions,
+    mutual_information,
+    read,
+    score_presence,
+    with_pictures,
+)
 
 LEVELS = 4
 SCENE = (Thing("large", "red", "circle", "top", "left"), Thing("small", "blue", "star", "middle", "right"))
@@ -217,6 +228,41 @@ def test_the_gate_is_described_by_its_own_dots(scenes):
         apart = [(table[a] - table[b]).norm().item() for a in range(LEVELS) for b in range(a)]
         norm = sum(row.norm().item() for row in table) / LEVELS
         assert found["table distance"] == pytest.approx(sum(apart) / len(apart) / norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["adaptive", "local"])
+def test_the_mean_row_takes_the_choice_away_and_nothing_else(scenes, mode):
+    speaker = make_speaker("chat", mode)
+    model, table = speaker.model.model, speaker.model.model.align_table
+    with torch.no_grad():
+        model.align_gate.linear_1.weight *= 20
+        model.align_gate.linear_2.weight *= 20
+    asked = read_questions(scenes / "test")
+    before = table.clone()
+    speaker.processor.gate_text = "all"  # in training; an answer that is read here is not for the gate to see
+    found = measure_choice(speaker, asked)
+    assert torch.equal(table, before)
+
+    weights = speaker.gate([q.picture for q in asked], [q.prompt for q in asked])
+    rows = weights @ table[:-1] + (table[-1] if mode == "adaptive" else 0)
+    mean = rows.mean(0)
+    examples = with_pictures(speaker, [q.sample for q in asked], [q.picture for q in asked])
+    own = read(speaker, examples)
+    with torch.no_grad():  # a gate that says the mean whatever it sees
+        model.align_gate.linear_2.weight.zero_()
+        model.align_gate.linear_2.bias.copy_(weights.mean(0).log())
+    same = read(speaker, examples)
+    for name, answers in (("own row", own), ("mean row", same)):
+        assert found[f"{name} NLL"] == pytest.approx(mean_nll(answers), rel=1e-5)
+        assert found[f"{name} accuracy"] == mean_accuracy(asked, answers)
+    assert abs(found["own row NLL"] - found["mean row NLL"]) > 1e-4, "the choice makes a difference here"
+    assert found["rows apart"] == pytest.approx(((rows - mean).norm(dim=1).mean() / mean.norm()).item(), rel=1e-4)
+    assert found["table norm"] == pytest.approx(before.norm(dim=1).mean().item())
+
+
+def test_a_model_that_chooses_nothing_is_refused(scenes):
+    with pytest.raises(ValueError, match="model has align_mode 'average'; it needs one of adaptive, local"):
+        measure_choice(make_speaker("chat", "average"), read_questions(scenes / "test"))
 
 
 def test_the_mutual_information_of_a_known_joint():

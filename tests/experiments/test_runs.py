@@ -163,7 +163,7 @@ def test_no_two_seeds_share_anything(tmp_path):
     assert {job.result for job in first}.isdisjoint(job.result for job in second)
     for one, other in zip(first, second, strict=True):
         differing = [pair for pair in zip(one.command, other.command, strict=True) if pair[0] != pair[1]]
-        draws = "experiments.measure" not in one.command and one.command[0] != "aligngpt"
+        draws = not set(experiments_jobs.MEASURES) & set(one.command) and one.command[0] != "aligngpt"
         draws = draws and not {"constant", "best-quarter", "experiments.gate"} & set(one.command)
         assert (("--seed" in one.command), any(a.startswith("0") for a, _ in differing)) == (draws, draws), one.name
 
@@ -236,6 +236,8 @@ def test_a_seeds_measures_become_its_results(seed, monkeypatch):
         write(seed.measures(arm), json.dumps(content))
     for answer_arm in STAGE_2:
         write(seed.measures(answer_arm), json.dumps({"test": {"of": answer_arm.name}}))
+        if answer_arm.mixes:
+            write(seed.choosing(answer_arm), json.dumps({"own row NLL": 0.5, "of": answer_arm.name}))
     asked = []
     monkeypatch.setattr("experiments.__main__.levels_found", lambda *of: asked.append(of) or {"n": len(asked)})
     found = collect(seed, STAGE_1, STAGE_2, jobs)
@@ -255,6 +257,8 @@ def test_a_seeds_measures_become_its_results(seed, monkeypatch):
     assert found["stage 1"]["4 levels"]["test"]["of"] == "4 levels"
     assert found["stage 1"]["one constant token"]["validation"].keys() == {"1"}  # 0 was never trained
     assert found["stage 2"]["no token"] == {"test": {"of": "no token"}}
+    assert found["choosing"]["local"] == {"own row NLL": 0.5, "of": "local"}
+    assert found["choosing"].keys() == {arm.name for arm in STAGE_2 if arm.mode in ("adaptive", "local")}
     assert found["samples"] == ["8 levels"]
 
 

@@ -48,8 +48,13 @@ MAIN = (OURS, NONE, QUARTER, TRUE, "random levels", "one constant token")
 CUTS = (OURS, "2 levels", "4 levels", "16 levels", "8 levels, equal range")
 NUM_LEVELS, FIRST_NOISE, OWN = 8, "uniform 0.5", "the pairs' own"
 PLAIN = tuple(f"{arm}, plain LLM" for arm in (OURS, NONE, QUARTER))
-FROZEN, WILDER = "gate frozen", ("gate rate x 10", "gate drawn x 4", "gate reads answers")
-MODES = ("adaptive", "local", "global", "average", "random table", FROZEN, *WILDER, NONE)
+ADAPTIVE, RANDOM_TABLE, FROZEN = "adaptive", "random table", "gate frozen"
+HIGHER_RATE, DRAWN_LARGER, READS_ANSWERS = "gate rate x 10", "gate drawn x 4", "gate reads answers"
+WILDER = (HIGHER_RATE, DRAWN_LARGER, READS_ANSWERS)
+SAME_START, QUARTER_START = "no token, from 8 levels", "no token, from top quarter"
+MODES = (
+    ADAPTIVE, "local", "global", "average", RANDOM_TABLE, FROZEN, *WILDER, SAME_START, QUARTER_START, NONE
+)  # fmt: skip
 
 
 def load(folder: Path = ROOT / RESULTS) -> dict[str, list[Result]]:
@@ -106,9 +111,20 @@ def accuracy(results: Sequence[Result], arm: str) -> Values:
     return {seed: fmean(of.values()) for seed, of in read(results, "stage 2", arm, "test", "accuracy").items()}
 
 
+def choosing(results: Sequence[Result], arm: str, key: str) -> Values:
+    """What answers lose with the mean of the gate's rows for all questions."""
+    return read(results, "choosing", arm, key)
+
+
 def answer_nll(results: Sequence[Result], arm: str) -> Values:
     """Nats a token of the right answers."""
     return answers(results, arm, "answer NLL")
+
+
+def arms_with_levels(results: Sequence[Result]) -> list[str]:
+    """Arms of stage 1 that can be asked for more than two levels."""
+    names = dict.fromkeys(arm for result in results for arm in result.get("stage 1", {}))
+    return [arm for arm in names if any(len(of) > 2 for of in by_level(results, arm, SAMPLED).values())]
 
 
 def noises(results: Sequence[Result]) -> list[str]:

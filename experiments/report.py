@@ -18,13 +18,12 @@ from aligngpt.data.scenes import KINDS, fact_precision
 from experiments import charts
 from experiments.charts import Drawing, Line
 from experiments.readings import (
+    ADAPTIVE,
     CUTS,
     FIRST_NOISE,
-    GREEDY,
     MAIN,
     MEASURES,
     MODES,
-    NLL,
     NONE,
     NUM_LEVELS,
     OURS,
@@ -33,18 +32,20 @@ from experiments.readings import (
     QUARTER,
     RESULTS,
     ROOT,
-    SAMPLED,
     TRUE,
     WAYS,
     Files,
     Measure,
     Result,
     accuracy,
+    answer_nll,
     answers,
+    arms_with_levels,
     asked_for,
     by_level,
     by_noise,
     captions,
+    choosing,
     correlations,
     levels,
     load,
@@ -56,16 +57,12 @@ from experiments.readings import (
 from experiments.statistics import entropy_bits, estimate, never_falls
 from experiments.verdicts import (
     UNMEASURED,
-    advice,
-    against,
     common,
-    compared,
     difference,
-    gate_said,
     gate_why,
+    headlines,
     in_short,
     means,
-    obeyed,
     seeds,
     spread,
     table,
@@ -98,6 +95,10 @@ same, but the substitute is always the same value, which so becomes frequent, an
 *Swapped*: a caption is, with that probability, the whole true caption of another picture. What is measured is of scenes
 with two or three objects.
 
+**In miniature.** The LLM of *small* has half a million weights and rows 128 wide, a picture is nine of them, so the
+gate reads nine dots (in the paper 576, of rows 4096 wide). Stage 1 sees each pair once, stage 2 half of the questions:
+what differs is how soon things are learned, as well as how well.
+
 **The LLM favours levels.** It has read documents in which one word says how sure the author is, in the place where the
 alignment token will stand, of captions with uniform noise ([demo/language.py](../demo/language.py)). The arms *plain
 LLM* have one that has read the same without that word. A given LLM, that of smollm2, has read no such documents.
@@ -105,40 +106,50 @@ LLM* have one that has read the same without that word. A given LLM, that of smo
 **Arms of stage 1**, of the same steps, batch and rate, and of the noise *uniform 0.5* where none is named. *8 levels*:
 AlignGPT, CLIP scores cut into equal counts. *no token*: LLaVA. *top quarter*: no token, and only the quarter of the
 pairs with the best CLIP scores, each seen about four times as often. *true levels*: cut by true alignment, what perfect
-scores would give. *random levels*, *one constant token*: tokens that say nothing. **Arms of stage 2**, on the same
-questions: the modes of the gate, each from the stage 1 with 8 levels; *random table*: adaptive, with a table of random
-numbers; *gate frozen*: adaptive, the gate left as it was drawn; *gate rate x 10*: adaptive, its rate ten times as high;
-*gate drawn x 4*: adaptive, its weights four times as large when training begins; *gate reads answers*: adaptive,
-trained as the public code trains it, with the answer in the mean text that the gate sees, which is not there when one
-asks; *no token*: LLaVA, from its stage 1.
+scores would give. *random levels*, *one constant token*: tokens that say nothing.
 
-**Seeds** are 2 to 6. Each changes data, noise, CLIP tower, LLM and training together; arms are compared within a seed.
-Intervals are 95 %, of paired differences, by Student's t with a degree of freedom less than seeds. ▲ (better) and ▼
-(worse) mark those without 0; of many differences that are none, one in twenty would be marked too. ± is the standard
-deviation between seeds.
+**Arms of stage 2**, on the same questions: the modes of the gate, each from the stage 1 with 8 levels; *random table*:
+adaptive, with a table of random numbers; *gate frozen*: adaptive, the gate left as it was drawn, which is nearly even
+weights; *gate rate x 10*: adaptive, its rate ten times as high (`--optim.align-lr`); *gate drawn x 4*: adaptive, its
+weights four times as large when training begins; *gate reads answers*: adaptive, trained as the public code trains it,
+with the answer in the mean text that the gate sees, which is not there when one asks. *no token*: LLaVA, from its own
+stage 1, so that against adaptive it compares both stages together; *no token, from 8 levels* and *from top quarter*:
+from those stages 1, in the first of which only the token of stage 2 is missing.
 
-**Choices.** Rates, steps and recipe are the demo's, found with seeds 0 and 1, which are not used here. Before this
-protocol half of one seed (0) was run, and is not shown. An arm with a token is asked for one level in each seed: that
-at which the true captions of validation pictures are likeliest. What is measured of test pictures chooses nothing.
-Whether the gate is inert is told by one measure, named before: the answers' NLL of *adaptive* against *gate frozen*.
+**Seeds** are 2 to 6. Each changes data, noise, CLIP tower, LLM (unless it is given) and training together; arms are
+compared within a seed. Intervals are 95 %, of paired differences, by Student's t with seeds − 1 degrees of freedom. ▲
+(better) and ▼ (worse) mark those without 0; of many differences that are none, one in twenty would be marked too. "No
+difference seen" is not "no difference". ± is the standard deviation between seeds.
 
-**To repeat it**: `make evidence`; hours on two cores.
+**Choices.** Rates, steps and recipe are the demo's, found with seeds 0 and 1, which are not used here; how many runs
+that took was not counted. Before this protocol half of one seed (0) was run, and is not shown. An arm with a token is
+asked for one level in each seed: that at which the true captions of validation pictures are likeliest. What is measured
+of test pictures chooses nothing. That the gate counts as inert or not by one measure, the answers' NLL of *adaptive*
+against *gate frozen*, was written down before these runs; the arms *no token, from …* and the mean row for all
+questions were added when seed 2 had been seen.
+
+**To repeat it**: `make evidence`; hours on two cores. On a GPU `--sizes large` has pictures of 224 pixels and a tower
+384 wide, and `--sizes smollm2` takes the folder of an LLM ([docs/real-run.md](real-run.md) makes one of SmolLM2-135M)
+and one with `pretrain.json` and `images/`, whose captions are the names of pictures, such as emoji.
 """
 MEASURED = """\
-*Facts*: the share of stated facts that are true, under the kindest pairing with the scene's objects (the caption of
-another picture has about 0.4). *Objects*: F1 of objects with all five facts right. *Not there*: the share of named
-objects (color and shape) that the scene has not. *NLL*: nats a token of the true caption. *Asked for*: the level.
+*Facts*: the share of stated facts that are true, each named object held against that of the scene which it fits best
+(the caption of another picture has about 0.4). *Objects*: F1 of objects with all five facts right. *Not there*: the
+share of named objects (color and shape) that the scene has not, the rate of hallucination. *NLL*: nats a token of the
+true caption. *Asked for*: the level.
 """
 ANSWERED = """\
 Accuracy by kind of question; *mean* counts kinds, not questions. Questions are of scenes with two or three objects.
 Presence is balanced over yes and no, and the "no" questions kept are those that recombine a color and a shape that are
-both there. *Another picture*: adaptive, shown a wrong picture. *Any object*: answering for one of the scene's objects
-at random. *Majority*: always the commonest answer.
+both there. *Blind*: adaptive, shown another picture. *Any object*: answering for one of the scene's objects at random.
+*Majority*: always the commonest answer.
 """
 GATE = """\
 *Mutual information*: of the kind of question and a level drawn by the gate's weights, in bits; at most log2(7) = 2.81,
-and at most H(kind). *Entropy*: of a question's weights, in bits. *Dots*, *logits*: standard deviation of what goes into
-the gate's layers and of what comes out. *Table*: distance between rows, in units of their norm.
+and at most H(kind). *Entropy*: of a question's weights, in bits. *Dots*: standard deviation of what goes into the
+gate's layers, over questions and image rows together. *Logits*: that of what comes out, over questions. *Apart*: mean
+distance of a question's row from the mean row, in units of its norm. *Norm*: of the table's rows, which stage 2 never
+trains. *Own*, *mean*: the answers' NLL with each question's own row, and with the mean row for all.
 """
 
 
@@ -166,12 +177,21 @@ def runs(files: Files) -> str:
         seed = ", ".join(map(str, read(results)))
         minutes = spread(read(results, "job minutes"), 0)
         rows.append([sizes, seed, f"{number or '—'}", minutes, device, ", ".join(sorted(commits))])
-        counts = {name: of for name, of in results[0].get("sizes", {}).items() if name not in ("validation", "test")}
-        listed = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in counts.items())
-        said.append(f"Sizes of {sizes}: {listed or '—'}. Measured, at most: {measured(results[0])}.\n")
+        said.append(f"Sizes of {sizes}: {trained(results[0])}. Measured, at most: {measured(results[0])}.\n")
     return "\n".join(
         [table(["sizes", "seeds", "training runs", "job minutes a seed", "device", "commits"], rows), *said]
     )
+
+
+def trained(result: Result) -> str:
+    try:
+        return (
+            "{train} training scenes, a pair and four questions each, {pixels} pixels; CLIP {vision_steps} steps, LLM "
+            "{llm_steps}; stage 1 {stage_1_steps} steps of {stage_1_batch} at rate {stage_1_rate:g}, stage 2 "
+            "{stage_2_steps} steps of {stage_2_batch} at rate {stage_2_rate:g}"
+        ).format(**result.get("sizes", {}))
+    except KeyError:
+        return "—"
 
 
 def measured(result: Result) -> str:
@@ -195,19 +215,18 @@ def stage_1(sizes: str, results: Sequence[Result]) -> Iterator[str]:
     yield from (differences_table(results, MAIN, rival) for rival in (NONE, QUARTER))
     yield "### Is the level obeyed?\n"
     yield f"![True facts at each level, by arm]({PICTURES.name}/{sizes}-levels.svg)\n"
-    own_said = "true facts in a level's training captions, counted as the models' are"
+    own_said = "true facts in a level's training captions, each caption counting the same"
     yield f"*{OWN.capitalize()}*: {own_said}. *True alignment*: of all pairs of the level, facts left as they were.\n"
     truth = read(results, "noise", FIRST_NOISE, "mean true alignment")
     found = {OWN: own(results), "true alignment": truth}
-    found |= {of.head: by_level(results, OURS, of) for of in (SAMPLED, GREEDY, NLL)}
+    found |= {of.head: by_level(results, OURS, of) for of in MEASURES}
     rows = [[name, common(of), *means(of)] for name, of in found.items()]
     yield table(["8 levels, mean at level", "seeds", *map(str, range(NUM_LEVELS))], rows)
     rows = []
-    for arm in dict.fromkeys((*MAIN, *CUTS)):
+    for arm in arms_with_levels(results):
         ways = [by_level(results, arm, measure) for measure in WAYS.values()]
-        if any(len(values) > 2 for values in ways[0].values()):
-            trends = [(f"{sum(map(never_falls, of.values()))}", spread(correlations(of), 2)) for of in ways]
-            rows.append([arm, common(*ways), *(cell for trend in trends for cell in trend)])
+        trends = [(f"{sum(map(never_falls, of.values()))}", spread(correlations(of), 2)) for of in ways]
+        rows.append([arm, common(*ways), *(cell for trend in trends for cell in trend)])
     yield "In how many seeds facts fall from no level to the next, and their rank correlation (Spearman) with it:\n"
     yield table(["arm", "seeds", "sampled never fall", "correlation", "greedy never fall", "correlation"], rows)
     yield f"### How many levels, and how cut\n\n{values_table(results, CUTS)}"
@@ -269,14 +288,17 @@ def stage_2(results: Sequence[Result]) -> Iterator[str]:
     for arm in MODES:
         kinds = [spread(answers(results, arm, "accuracy", kind)) for kind in KINDS]
         rows.append([arm, common(accuracy(results, arm)), *kinds, spread(accuracy(results, arm))])
-    for part in ("another picture", "any object", "majority"):
-        kinds = [spread(answers(results, "adaptive", part, kind)) for kind in KINDS]
-        rows.append([f"*{part}*", common(answers(results, "adaptive", part)), *kinds, ""])
+    for name, part in (("blind", "another picture"), ("any object", "any object"), ("majority", "majority")):
+        kinds = [spread(answers(results, ADAPTIVE, part, kind)) for kind in KINDS]
+        rows.append([f"*{name}*", common(answers(results, ADAPTIVE, part)), *kinds, ""])
     yield table(["arm", "seeds", *KINDS, "mean"], rows)
     presence = ("precision", "recall", "F1", "yes share")
     found = {arm: [answers(results, arm, "presence", key) for key in presence] for arm in MODES}
     found = {arm: [*of, answers(results, arm, "answer NLL")] for arm, of in found.items()}
-    yield 'Presence as POPE counts it, where "yes" is the positive class; NLL in nats a token of the right answer:\n'
+    yield (
+        'Presence as POPE counts it, where "yes" is the positive class, so that an F1 no higher than that of *always '
+        "yes* shows nothing; NLL in nats a token of the right answers:\n"
+    )
     rows = [[arm, common(*of), *map(spread, of)] for arm, of in found.items()]
     shares = answers(results, "adaptive", "presence", "yes among answers")
     always = [shares, dict.fromkeys(shares, 1.0), {seed: 2 * of / (1 + of) for seed, of in shares.items()}]
@@ -284,19 +306,27 @@ def stage_2(results: Sequence[Result]) -> Iterator[str]:
     yield table(["arm", "seeds", *presence, "answer NLL"], rows)
     rows = []
     for arm in MODES[1:]:
-        f1, nll = (difference(found[arm][at], found["adaptive"][at], better) for at, better in ((2, 1), (4, -1)))
-        pair = accuracy(results, arm), accuracy(results, "adaptive")
-        rows.append([arm, common(*pair), difference(*pair), f1, nll])
-    yield table(["minus adaptive", "seeds", "accuracy, mean", "presence F1", "answer NLL"], rows)
+        pair = accuracy(results, arm), accuracy(results, ADAPTIVE)
+        kinds = [
+            difference(answers(results, arm, "accuracy", kind), answers(results, ADAPTIVE, "accuracy", kind))
+            for kind in ("place", "presence")
+        ]
+        nll = difference(answer_nll(results, arm), answer_nll(results, ADAPTIVE), -1)
+        rows.append([arm, common(*pair), difference(*pair), *kinds, nll])
+    yield table(["minus adaptive", "seeds", "accuracy, mean", "place", "presence, balanced", "answer NLL"], rows)
     rows = []
     for arm in ("adaptive", "random table"):
         for key in ("NLL", "accuracy"):
             fixed = read(results, "stage 2", arm, "test", "by level", key)
             mix = answers(results, arm, "by level", f"own {key}")
             rows.append([f"{arm}, {key}", common(fixed, mix), *means(fixed), spread(mix)])
-    yield "One level fixed for all answers, beside the mix of the gate, on the same questions (fewer than above):\n"
+    yield (
+        "One level's row alone for all answers, as `align_levels` puts it, beside the mix of the gate, on the same "
+        "questions (fewer than above). In training adaptive never saw a row alone, so this does not say what a choice "
+        "of the gate would give:\n"
+    )
     yield table(["mean at level", "seeds", *map(str, range(NUM_LEVELS)), "the gate's mix"], rows)
-    yield f"### What the gate does\n\nIt {gate_said(results)} {gate_why(results)}\n\n{GATE}"
+    yield f"### What the gate does\n\n{gate_why(results)}\n\n{GATE}"
     heads = {
         "mutual information": "mutual information",
         "entropy": "entropy",
@@ -310,8 +340,16 @@ def stage_2(results: Sequence[Result]) -> Iterator[str]:
         bits = {seed: entropy_bits(numbers.values()) for seed, numbers in asked.items()}
         cells = [answers(results, arm, "gate", key) for key in heads]
         if cells[0]:
-            rows.append([arm, common(cells[0]), *(spread(of, 4) for of in cells), spread(bits, 2)])
+            rows.append([arm, common(cells[0]), *(spread(of) for of in cells), spread(bits, 2)])
     yield table(["arm", "seeds", *heads.values(), "H(kind)"], rows)
+    rows = []
+    for arm in MODES:
+        apart, norm = (spread(choosing(results, arm, key)) for key in ("rows apart", "table norm"))
+        mean_row, own_row = (choosing(results, arm, f"{row} row NLL") for row in ("mean", "own"))
+        if own_row:
+            nats = spread(own_row), spread(mean_row), difference(mean_row, own_row, -1)
+            rows.append([arm, common(own_row), apart, norm, *nats])
+    yield table(["arm", "seeds", "apart", "norm", "own", "mean", "mean − own"], rows)
     rows = []
     for kind in KINDS:
         weights = read(results, "stage 2", "adaptive", "test", "gate", "weights", kind)
@@ -327,7 +365,8 @@ def samples(sizes: str, results: Sequence[Result]) -> Iterator[str]:
         cells = [f"{text} ({true} of {stated})" for text, true, stated in said]
         rows.append([f"![Test picture {sample['picture']}]({PICTURES.name}/{sizes}-sample-{number}.png)", *cells])
     if rows:
-        yield f"### Sample captions\n\nGreedy, of 8 levels, seed {seed}; in brackets how many stated facts are true:\n"
+        said_of = f"Greedy, of 8 levels, seed {seed}, the first pictures of two objects or more"
+        yield f"### Sample captions\n\n{said_of}; in brackets how many stated facts are true:\n"
         yield table(["picture", *(f"asked for level {level}" for level in found[0]["captions"])], rows)
 
 
@@ -385,21 +424,15 @@ def readme_block(files: Files) -> str:
     for arm in MAIN[:4]:
         found = [captions(results, arm, measure) for measure in MEASURES[:4]]
         rows.append([arm, common(*found), *map(spread, found)])
-    said = [
-        f"**Is the level obeyed?** {obeyed(results)}",
-        f"**With an LLM that has read nothing of sureness**, true facts of levels against no token: "
-        f"{against(results, PLAIN[1], PLAIN[0])}.",
-        f"**Stage 2**, accuracy of `adaptive` against no token: "
-        f"{compared(accuracy(results, 'adaptive'), accuracy(results, NONE))}.",
-        f"**The gate** {gate_said(results)}",
-        f"**Which to use.** {advice(results)}",
-    ]
     head = ["arm", "seeds", *(measure.head for measure in MEASURES[:4])]
     bullets = "\n".join(
-        textwrap.fill(of, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False) for of in said
+        textwrap.fill(of, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+        for of in headlines(results)
     )
+    sizes = next(iter(files))
     closing = (
-        "In brackets: the paired difference, its 95 % interval, the number of seeds. All comparisons, plots and\n"
+        f"![True facts at each level, by arm]({PAGE.parent}/{PICTURES.name}/{sizes}-levels.svg)\n\n"
+        "In brackets: the paired difference, its 95 % interval, the number of seeds. All comparisons, more plots and\n"
         "captions beside their pictures: [docs/evidence.md](docs/evidence.md)."
     )
     return f"{table(head, rows)}\n{bullets}\n\n{closing}"

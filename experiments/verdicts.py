@@ -10,18 +10,24 @@ from typing import Any
 
 from aligngpt.data.scenes import KINDS
 from experiments.readings import (
+    ADAPTIVE,
     CUTS,
+    DRAWN_LARGER,
+    FIRST_NOISE,
     FROZEN,
+    HIGHER_RATE,
     MODES,
-    NLL,
     NONE,
     NUM_LEVELS,
     OURS,
     PLAIN,
     QUARTER,
+    QUARTER_START,
+    RANDOM_TABLE,
+    READS_ANSWERS,
+    SAME_START,
     SAMPLED,
     WAYS,
-    WILDER,
     Result,
     Rows,
     Values,
@@ -31,9 +37,10 @@ from experiments.readings import (
     by_level,
     by_noise,
     captions,
+    choosing,
     correlations,
     levels,
-    read,
+    own,
 )
 from experiments.statistics import Estimate, estimate, never_falls, paired
 
@@ -92,21 +99,6 @@ def apart(found: Estimate) -> str:
     return "; ".join([signed(found.mean)] + [interval(found)] * (found.interval is not None) + [seeds(found.seeds)])
 
 
-def standing(ours: Values, rivals: Mapping[str, Values], better: int = 1) -> str:
-    """An arm's mean among its rivals', which are put together by what may be said of them."""
-    if not ours:
-        return "unmeasured"
-    texts = {1: "better than", 0: "no difference seen from", -1: "worse than", None: "undecided, one seed, beside"}
-    said: dict[str, list[str]] = {text: [] for text in [*texts.values(), "not measured beside"]}
-    for arm, values in rivals.items():
-        if found := paired(ours, values):
-            text = f"{arm} {fmean(values.values()):.3f} ({apart(found)})"
-            said[texts[verdict(ours, values, better)]].append(text)
-        else:
-            said["not measured beside"].append(arm)
-    return f"{fmean(ours.values()):.3f}, " + "; ".join(f"{text} {', '.join(of)}" for text, of in said.items() if of)
-
-
 def seeds(number: int) -> str:
     return f"{number} seed{'s' * (number != 1)}"
 
@@ -123,25 +115,31 @@ def means(found: Rows, number: int = NUM_LEVELS, digits: int = 3) -> list[str]:
 
 
 def in_short(results: Sequence[Result]) -> Iterator[str]:
-    """Sentences that depend on the numbers."""
-    for rival in (NONE, QUARTER, "random levels"):
-        yield f"**8 levels against {rival}**, true facts: {against(results, rival)}."
-    said = "; ".join(f"against {rival} {against(results, rival, PLAIN[0])}" for rival in PLAIN[1:])
-    yield f"**With an LLM that has read nothing of sureness**, true facts of {PLAIN[0]}: {said}."
+    """Sentences that depend on the numbers, first what a reader comes for."""
+    yield from headlines(results)
     yield f"**Is the level obeyed?** {obeyed(results)}"
+    yield f"**Levels against random levels**, true facts: {against(results, 'random levels')}."
     ours = captions(results, OURS, SAMPLED)
     said = "; ".join(f"{arm}: {word(captions(results, arm, SAMPLED), ours)}" for arm in CUTS[1:])
     yield f"**Instead of 8 levels of equal count**, sampled facts: {said}."
-    said = "; ".join(
-        f"{noise}: {' / '.join(word(facts[OURS], facts[rival]) for rival in (NONE, QUARTER))}"
-        for noise, facts in by_noise(results, SAMPLED).items()
-    )
-    yield f"**Under each noise** 8 levels against no token / top quarter, sampled facts: {said or 'unmeasured'}."
-    for name, measured, better in (("mean accuracy", accuracy, 1), ("answers' NLL", answer_nll, -1)):
-        rivals = {arm: measured(results, arm) for arm in MODES[1:]}
-        yield f"**Stage 2**, {name} of `adaptive`: {standing(measured(results, 'adaptive'), rivals, better)}."
+    for way, measure in WAYS.items():
+        said = "; ".join(
+            f"{noise}: {' / '.join(word(facts[OURS], facts[rival]) for rival in (NONE, QUARTER))}"
+            for noise, facts in by_noise(results, measure).items()
+        )
+        yield f"**Under each noise**, levels against no token / top quarter, {way} facts: {said or 'unmeasured'}."
     yield f"**Where modes differ in stage 2**, lowest and highest accuracy by kind of question: {ranges(results)}."
-    yield f"**The gate** {gate_said(results)} {gate_why(results)}"
+
+
+def headlines(results: Sequence[Result]) -> Iterator[str]:
+    """What the README says."""
+    for name, rival, plain in (("no token", NONE, PLAIN[1]), ("filtering", QUARTER, PLAIN[2])):
+        yield (
+            f"**Levels against {name}**, true facts of captions: {against(results, rival)}. With an LLM that has read "
+            f"nothing of sureness: {against(results, plain, PLAIN[0])}."
+        )
+    yield f"**The gate**: {gate_said(results)}"
+    yield f"**What the gate is worth**: {gate_worth(results)}"
     yield f"**Which to use.** {advice(results)}"
 
 
@@ -171,93 +169,108 @@ def obeyed(results: Sequence[Result]) -> str:
     if whole is None:
         return UNMEASURED
     said = {1: "Yes", 0: "Not as far as seen", -1: "The other way round", None: "One seed"}[whole.sign]
-    first, *_, last = means(found)
-    rising = sum(map(never_falls, found.values()))
+    ways = []
+    for way, measure in WAYS.items():
+        rows = by_level(results, OURS, measure)
+        first, *_, last = means(rows)
+        rising, rank = sum(map(never_falls, rows.values())), fmean(correlations(rows).values())
+        ways.append(
+            f"{way} facts go from {first} at the lowest level to {last} at the highest, and fall nowhere between in "
+            f"{rising} of {seeds(len(rows))} (rank correlation {rank:.2f})"
+        )
+    shares = means(own(results))
     return (
-        f"{said}: sampled facts go from {first} at the lowest level to {last} at the highest, and never fall between "
-        f"in {rising} of {seeds(len(found))}; their rank correlation with the level is {whole.mean:.2f}."
+        f"{said}, by the rank correlation of sampled facts with the level: {'; '.join(ways)}. In order, not in amount: "
+        f"the training captions of the lowest level have {shares[0]} true facts, those of the highest {shares[-1]}."
     )
 
 
 def gate_said(results: Sequence[Result]) -> str:
     """Inert where training it moves the answers' NLL by no difference that is seen from a gate left as it was drawn."""
-    nats, frozen = (answer_nll(results, arm) for arm in ("adaptive", FROZEN))
-    if not paired(nats, frozen):
-        return "is unmeasured."
+    nats, frozen = (answer_nll(results, arm) for arm in (ADAPTIVE, FROZEN))
+    found = paired(nats, frozen)
+    if not found:
+        return "unmeasured."
+    bits, drawn = (spread(answers(results, arm, "gate", "mutual information")) for arm in (ADAPTIVE, FROZEN))
     said = {
-        1: "is **not inert**: training it helps",
-        0: "is **inert**: training it makes no difference that is seen",
-        -1: "is **not inert**: training it harms",
-        None: "is **undecided**: one seed",
-    }
+        1: "**not inert**, training it helps",
+        0: "**inert**, no effect of training it on the answers is seen",
+        -1: "**not inert**, training it harms",
+        None: "**undecided**, one seed",
+    }[verdict(nats, frozen, -1)]
+    if found.interval and not found.sign:
+        said += f", though a gain of up to {max(0.0, -found.interval[0]):.3f} nats a token is possible"
     return (
-        f"{said[verdict(nats, frozen, -1)]}. Trained, against left as it was drawn: nats a token of the right answer "
-        f"{compared(nats, frozen, -1)}; beside it, mean accuracy "
-        f"{compared(accuracy(results, 'adaptive'), accuracy(results, FROZEN))}."
+        f"{said}: against one left as it was drawn the answers' NLL is {compared(nats, frozen, -1)}. Training changes "
+        f"its weights: a level drawn by them tells {bits} bits about the kind of question, before training {drawn}."
+    )
+
+
+def gate_worth(results: Sequence[Result]) -> str:
+    """The token, the choice and what the levels learned, each against the same without it, by the answers."""
+    choice, drawn = (
+        compared(choosing(results, arm, "own row NLL"), choosing(results, arm, "mean row NLL"), -1)
+        for arm in (ADAPTIVE, FROZEN)
+    )
+    ours, ours_right = answer_nll(results, ADAPTIVE), accuracy(results, ADAPTIVE)
+
+    def beside(arm: str) -> str:
+        nats, right = answer_nll(results, arm), accuracy(results, arm)
+        return f"NLL {compared(ours, nats, -1)}, accuracy {compared(ours_right, right)}"
+
+    return (
+        f"choosing for each question, against the mean of its rows for all: NLL {choice}; of a gate left as it was "
+        f"drawn {drawn}. Rows that levels learned, against random ones: {beside(RANDOM_TABLE)}. A token, against none "
+        f"from the same stage 1: {beside(SAME_START)}; against none from the top quarter's: {beside(QUARTER_START)}."
     )
 
 
 def gate_why(results: Sequence[Result]) -> str:
-    """Numbers by which the verdict on the gate is understood."""
-    fixed = read(results, "stage 2", "adaptive", "test", "by level", "NLL")
-    answering = {seed: max(of) - min(of) for seed, of in fixed.items()}
-    captioning = {seed: of[0] - of[-1] for seed, of in by_level(results, OURS, NLL).items()}
-    bits, drawn = (answers(results, arm, "gate", "mutual information") for arm in ("adaptive", FROZEN))
-    nats = answer_nll(results, "adaptive")
-    other = "; ".join(
-        f"{arm} {compared(answer_nll(results, arm), nats, -1)}, "
-        f"{spread(answers(results, arm, 'gate', 'mutual information'))} bits"
-        for arm in WILDER
-    )
+    """Scale, initialisation, rate and what it reads: each changed alone."""
+    nats = answer_nll(results, ADAPTIVE)
+
+    def of(arm: str, key: str) -> str:
+        return spread(answers(results, arm, "gate", key), 2)
+
+    def beside(arm: str) -> str:
+        return f"logits {of(arm, 'logits std')}, answers' NLL {compared(answer_nll(results, arm), nats, -1)}"
+
     said = (
-        f"Between the best and the worst fixed level the answers' NLL differs by {spread(answering)} nats a token, and "
-        f"that of true captions in stage 1 between the lowest and the highest level by {spread(captioning)}. A level "
-        f"drawn by the gate's weights tells {spread(bits)} bits about the kind of question, and {spread(drawn)} where "
-        f"the gate was never trained. Answers' NLL beside adaptive: {other}."
+        f"*Scale*: the dots have a standard deviation of {of(ADAPTIVE, 'dots std')}, of which the gate as it is drawn "
+        f"makes logits that differ by {of(FROZEN, 'logits std')} from question to question, and trained by "
+        f"{of(ADAPTIVE, 'logits std')}; its weights keep {of(ADAPTIVE, 'entropy')} of 2.81 bits of entropy. "
+        f"*Initialisation*, four times as large: {beside(DRAWN_LARGER)}. *Rate*, ten times as high: "
+        f"{beside(HIGHER_RATE)}. *Text*, answers read in training as the public code does: {beside(READS_ANSWERS)}."
     )
-    if helpful := [arm for arm in WILDER if verdict(answer_nll(results, arm), nats, -1) == 1]:
-        said += f" So the gate can do more than it does by the paper's recipe: {', '.join(helpful)}."
-    elif verdict(nats, answer_nll(results, FROZEN), -1) == 0:
-        said += (
-            " One reading, not a finding: the prompt and the picture, of which the gate makes its row, are read by the "
-            "LLM anyway."
-        )
-    return said
+    helpful = [arm for arm in (HIGHER_RATE, DRAWN_LARGER) if verdict(answer_nll(results, arm), nats, -1) == 1]
+    if helpful:
+        said += f" So within the paper's model a gate can do more: answers are likelier with {' and '.join(helpful)}."
+        said += " `--optim.align-lr` is its rate." * (HIGHER_RATE in helpful)
+    elif all(verdict(answer_nll(results, arm), nats, -1) in (0, -1) for arm in (HIGHER_RATE, DRAWN_LARGER)):
+        said += " So neither rate nor initialisation is seen to hold it back."
+    return f"{said} The defaults are the paper's and stay."
 
 
 def advice(results: Sequence[Result]) -> str:
-    """By noise those of levels, top quarter and no token that none of the others beats, and whether the gate pays."""
-    ways = {way: by_noise(results, measure) for way, measure in WAYS.items()}
-    said = [
-        f"under {noise}: " + ", ".join(f"{unbeaten(of[noise])} ({way})" for way, of in ways.items())
-        for noise in ADVISED
-        if noise in ways["sampled"]
-    ]
+    """By LLM and noise those of levels, top quarter and no token that none of the others beats; the same of answers."""
+    names = {OURS: "levels", QUARTER: "top quarter", NONE: "no token"}
+    cases: dict[str, list[str]] = {}
+    for way, measure in WAYS.items():
+        plain = {arm: captions(results, f"{arm}, plain LLM", measure) for arm in names}
+        noises = {f"{noise}": of for noise, of in by_noise(results, measure).items() if noise in ADVISED}
+        for case, facts in ({f"{FIRST_NOISE} and an LLM that has read nothing of sureness": plain} | noises).items():
+            cases.setdefault(case, []).append(f"{unbeaten({name: facts[arm] for arm, name in names.items()})} ({way})")
+    said = "; ".join(f"under {case}: {', '.join(of)}" for case, of in cases.items())
+    arms = [arm for arm in MODES if answer_nll(results, arm)]
+    best = unbeaten({arm: answer_nll(results, arm) for arm in arms}, -1) if arms else "unmeasured"
     return (
-        "For true captions, what none of the others (levels, top quarter, no token) is seen to beat, "
-        f"{'; '.join(said) or 'unmeasured'}. {gate_advice(results)}"
+        f"Named is what nothing else is seen to beat. True captions, of levels, top quarter and no token: {said}. "
+        f"Answers, of the arms of stage 2, by NLL: {best}."
     )
 
 
-def unbeaten(facts: Mapping[str, Values]) -> str:
-    arms = {OURS: "levels", QUARTER: "top quarter", NONE: "no token"}
-    found = {(a, b): verdict(facts[a], facts[b]) for a in arms for b in arms if a != b}
+def unbeaten(values: Mapping[str, Values], better: int = 1) -> str:
+    found = {(a, b): verdict(values[a], values[b], better) for a in values for b in values if a != b}
     if None in found.values():
         return "not known"
-    return " or ".join(name for arm, name in arms.items() if all(found[arm, b] != -1 for b in arms if b != arm))
-
-
-def gate_advice(results: Sequence[Result]) -> str:
-    nats = answer_nll(results, "adaptive")
-    found = {arm: verdict(nats, answer_nll(results, arm), -1) for arm in ("global", "average", FROZEN)}
-    if set(found.values()) == {1}:
-        return f"The gate's mix is worth its layers: by the answers' NLL, adaptive is better than {', '.join(found)}."
-    texts = {
-        0: "no difference is seen from {}",
-        -1: "better than adaptive: {}",
-        1: "worse: {}",
-        None: "not known of {}",
-    }
-    arms = {sign: ", ".join(arm for arm, of in found.items() if of == sign) for sign in texts}
-    said = "; ".join(text.format(arms[sign]) for sign, text in texts.items() if arms[sign])
-    return f"That the gate's mix is worth its layers is not shown, by the answers' NLL: {said}."
+    return " or ".join(arm for arm in values if all(found[arm, b] != -1 for b in values if b != arm))

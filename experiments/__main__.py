@@ -2,8 +2,8 @@
 
 Each command is printed before it runs, so it can be run again by hand. A job that is done is not done again: after an
 interruption the same command goes on, and of a longer plan it trains what is new. When all measures of a seed are
-there, they are collected into experiments/results/SIZES/seed-N.json; at the end docs/evidence.md is written from those,
-unless they are collected elsewhere.
+there, or the run ends, those that are there are collected into experiments/results/SIZES/seed-N.json; at the end
+docs/evidence.md is written from those, unless they are collected elsewhere.
 All of it runs on the CPU, with or without a GPU, on two cores; "large" and "smollm2" use a GPU where there is one.
 "smollm2" takes the LLM of a folder, SmolLM2-135M for example, and, if a folder of them is given, emoji beside scenes.
 """
@@ -68,21 +68,24 @@ def run(run_dir: Path, seeds: Sequence[Seed], only: str, results: Path) -> None:
         left = {job for job in jobs if not job.result.exists()}
         uncollected = [] if only else list(jobs_of)
 
-        def collect_whole() -> None:
-            for seed in [seed for seed in uncollected if left.isdisjoint(jobs_of[seed])]:
-                found = collect(seed, captions, answers, jobs_of[seed])
-                write_json(results / f"seed-{seed.number}.json", found, indent=1)
+        def collect_seeds(*, whole: bool) -> None:
+            for seed in [seed for seed in uncollected if not whole or left.isdisjoint(jobs_of[seed])]:
+                if found := collect(seed, captions, answers, [job for job in jobs_of[seed] if job not in left]):
+                    write_json(results / f"seed-{seed.number}.json", found, indent=1)
                 uncollected.remove(seed)
 
         def finished(job: Job, seconds: float) -> None:
             record(run_dir, job, seconds)
             left.discard(job)
             tqdm.write(f"{job.name}: {seconds:.0f} seconds; {len(left)} of {len(jobs)} jobs are left")
-            collect_whole()
+            collect_seeds(whole=True)
 
         results.mkdir(parents=True, exist_ok=True)
-        collect_whole()
-        side_by_side(jobs, run_dir / "logs", finished, gpu=seeds[0].sizes.gpu)
+        collect_seeds(whole=True)
+        try:
+            side_by_side(jobs, run_dir / "logs", finished, gpu=seeds[0].sizes.gpu)
+        finally:
+            collect_seeds(whole=False)
     if not only and results.parent == RESULTS and results.name != "quick":
         call(("python", "-m", "experiments.report"))
 
@@ -106,8 +109,13 @@ def chosen_arms(only: str, *, given_llm: bool = False) -> tuple[list[CaptionArm]
 
 def collect(
     seed: Seed, captions: Sequence[CaptionArm], answers: Sequence[AnswerArm], jobs: Sequence[Job]
-) -> dict[str, Any]:
-    """A seed's results file, from the measures of its arms, which are all that there are."""
+) -> dict[str, Any] | None:
+    """A seed's results file, of the arms that these jobs have measured; None where there are none."""
+    done = {job.result for job in jobs}
+    captions = [arm for arm in captions if seed.measures(arm) in done]
+    answers = [arm for arm in answers if done.issuperset(seed.all_measures(arm))]
+    if not captions:
+        return None
     noise = {}
     for arm in captions:
         if (arm.levels, arm.num_levels, arm.cut, arm.llm) == ("score", 8, "count", ""):
@@ -136,7 +144,7 @@ def collect(
         "stage 1": stage_1,
         "stage 2": {arm.name: read_measures(seed, arm) for arm in answers},
         "choosing": {arm.name: read_json(seed.choosing(arm)) for arm in answers if arm.mixes},
-        "samples": read_measures(seed, captions[0])["samples"],
+        "samples": read_measures(seed, STAGE_1[0])["samples"] if STAGE_1[0] in captions else [],
     }
 
 

@@ -86,6 +86,9 @@ class Seed:
     def choosing(self, arm: AnswerArm) -> Path:
         return self.folder / "measures/choosing" / f"{slug(arm.name)}.json"
 
+    def all_measures(self, arm: AnswerArm) -> list[Path]:
+        return [self.measures(arm)] + [self.choosing(arm)] * arm.mixes
+
     # ------------------------------------------------------------------------------------------------ jobs
 
     def jobs(self, captions: Sequence[CaptionArm], answers: Sequence[AnswerArm]) -> list[Job]:

@@ -261,6 +261,15 @@ def test_a_seeds_measures_become_its_results(seed, monkeypatch):
     assert found["choosing"].keys() == {arm.name for arm in STAGE_2 if arm.mode in ("adaptive", "local")}
     assert found["samples"] == ["8 levels"]
 
+    # Of a run that ended before: arms that were measured whole, and the runs that were made.
+    ended = [job for job in jobs if job.result not in (seed.measures(STAGE_1[1]), seed.choosing(STAGE_2[1]))]
+    found = collect(seed, STAGE_1, STAGE_2, ended)
+    assert found["stage 1"].keys() == {arm.name for arm in STAGE_1} - {STAGE_1[1].name}
+    assert found["stage 2"].keys() == {arm.name for arm in STAGE_2} - {STAGE_2[1].name}
+    assert found["choosing"].keys() == {arm.name for arm in STAGE_2 if arm.mixes} - {STAGE_2[1].name}
+    assert found["job minutes"] == round(len(ended) / 10, 1)
+    assert collect(seed, STAGE_1, STAGE_2, jobs[:3]) is None
+
 
 def test_arms_are_chosen_with_what_they_start_from():
     captions, answers = chosen_arms("local")

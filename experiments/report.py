@@ -9,7 +9,6 @@ folder, the command refuses.
 import argparse
 import re
 import sys
-import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,10 +56,10 @@ from experiments.readings import (
 from experiments.statistics import entropy_bits, estimate, never_falls
 from experiments.verdicts import (
     UNMEASURED,
+    answer,
     common,
     difference,
     gate_why,
-    headlines,
     in_short,
     means,
     seeds,
@@ -83,7 +82,8 @@ nothing else; a test fails when this page says anything different.
 
 ## In short
 
-In brackets are a paired difference, its 95 % interval and the number of seeds.
+Differences are paired by seed, in brackets their 95 % interval; ▲ better, ▼ worse. *LLM without sureness*: one that has
+read nothing that favours levels. *Top quarter* is filtering: no token, and the best quarter of the pairs.
 """
 METHOD = """\
 ## How it was done
@@ -158,7 +158,7 @@ def page(files: Files) -> str:
     parts = [INTRODUCTION]
     for sizes, results in files.items():
         said = "\n".join(f"- {sentence}" for sentence in in_short(results))
-        parts.append(f"Of {sizes}, {seeds(len(results))}:\n\n{said}\n")
+        parts += [f"Of {sizes}, {seeds(len(results))}:\n", *answer(results), f"{said}\n"]
     parts += [
         f"Of {sizes}: unmeasured; `make evidence {how}`.\n" for sizes, how in ON_A_GPU.items() if sizes not in files
     ]
@@ -425,17 +425,12 @@ def readme_block(files: Files) -> str:
         found = [captions(results, arm, measure) for measure in MEASURES[:4]]
         rows.append([arm, common(*found), *map(spread, found)])
     head = ["arm", "seeds", *(measure.head for measure in MEASURES[:4])]
-    bullets = "\n".join(
-        textwrap.fill(of, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
-        for of in headlines(results)
-    )
-    sizes = next(iter(files))
+    plot = f"![True facts at each level, by arm]({PAGE.parent}/{PICTURES.name}/{next(iter(files))}-levels.svg)"
     closing = (
-        f"![True facts at each level, by arm]({PAGE.parent}/{PICTURES.name}/{sizes}-levels.svg)\n\n"
-        "In brackets: the paired difference, its 95 % interval, the number of seeds. All comparisons, more plots and\n"
-        "captions beside their pictures: [docs/evidence.md](docs/evidence.md)."
+        "In brackets: the 95 % interval of the paired difference; ▲ better, ▼ worse. All comparisons, more plots, and "
+        "captions\nbeside their pictures: [docs/evidence.md](docs/evidence.md)."
     )
-    return f"{table(head, rows)}\n{bullets}\n\n{closing}"
+    return "\n".join([table(head, rows), *answer(results), "", f"{plot}\n", closing])
 
 
 def fill(text: str, block: str) -> str:

@@ -4,6 +4,7 @@ Every verdict follows from the 95 % interval of a paired difference by one rule:
 seen", any other "better" or "worse"; of a single seed nothing is said.
 """
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -17,6 +18,7 @@ from experiments.readings import (
     FROZEN,
     HIGHER_RATE,
     MODES,
+    NLL,
     NONE,
     NUM_LEVELS,
     OURS,
@@ -47,6 +49,12 @@ from experiments.statistics import Estimate, estimate, never_falls, paired
 UNMEASURED = "Unmeasured."
 ADVISED = ("uniform 0.5", "biased 0.5", "swapped 0.5")
 WORDS = {1: "better", 0: "no difference seen", -1: "worse", None: "undecided: one seed"}
+WITHOUT = {  # what adaptive is held against
+    FROZEN: "a gate left as it was drawn",
+    RANDOM_TABLE: "a table of random numbers",
+    SAME_START: "no token, from the same stage 1",
+    QUARTER_START: "no token, from the top quarter's stage 1",
+}
 MARKS = {1: " ▲", 0: "", -1: " ▼", None: ""}
 
 
@@ -114,9 +122,37 @@ def means(found: Rows, number: int = NUM_LEVELS, digits: int = 3) -> list[str]:
     return [f"{fmean(column):.{digits}f}" if column else "—" for column in columns]
 
 
+def answer(results: Sequence[Result]) -> Iterator[str]:
+    """What a reader comes for: levels against their rivals, the gate against the same without it, what to use."""
+    measures = (*WAYS.values(), NLL)
+    rows = []
+    for rival, plain in zip((NONE, QUARTER), PLAIN[1:], strict=True):
+        for arm, other, name in ((OURS, rival, rival), (PLAIN[0], plain, f"{rival}, LLM without sureness")):
+            pairs = [(captions(results, arm, of), captions(results, other, of)) for of in measures]
+            cells = [difference(*pair, of.better) for pair, of in zip(pairs, measures, strict=True)]
+            rows.append([name, common(*pairs[0]), *cells])
+    yield table(["captions: 8 levels minus", "seeds", *(of.head for of in measures)], rows)
+
+    own, same = (
+        [choosing(results, ADAPTIVE, f"{row} row {key}") for key in ("NLL", "accuracy")] for row in ("own", "mean")
+    )
+    adaptive, *others = ([answer_nll(results, arm), accuracy(results, arm)] for arm in (ADAPTIVE, *WITHOUT))
+    rivals = {"the mean of its rows for all questions": (own, same)}
+    rivals |= {name: (adaptive, other) for name, other in zip(WITHOUT.values(), others, strict=True)}
+    rows = []
+    for name, ((nats, right), (other_nats, other_right)) in rivals.items():
+        cells = [difference(nats, other_nats, -1), difference(right, other_right)]
+        rows.append([name, common(nats, other_nats), *cells])
+    yield table(["answers: adaptive minus", "seeds", "NLL", "accuracy"], rows)
+
+    said = f"**The gate** is {gate_said(results)}", f"**Which to use.** {advice(results)}"
+    yield "\n".join(
+        textwrap.fill(of, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False) for of in said
+    )
+
+
 def in_short(results: Sequence[Result]) -> Iterator[str]:
-    """Sentences that depend on the numbers, first what a reader comes for."""
-    yield from headlines(results)
+    """Sentences that depend on the numbers."""
     yield f"**Is the level obeyed?** {obeyed(results)}"
     yield f"**Levels against random levels**, true facts: {against(results, 'random levels')}."
     ours = captions(results, OURS, SAMPLED)
@@ -129,18 +165,6 @@ def in_short(results: Sequence[Result]) -> Iterator[str]:
         )
         yield f"**Under each noise**, levels against no token / top quarter, {way} facts: {said or 'unmeasured'}."
     yield f"**Where modes differ in stage 2**, lowest and highest accuracy by kind of question: {ranges(results)}."
-
-
-def headlines(results: Sequence[Result]) -> Iterator[str]:
-    """What the README says."""
-    for name, rival, plain in (("no token", NONE, PLAIN[1]), ("filtering", QUARTER, PLAIN[2])):
-        yield (
-            f"**Levels against {name}**, true facts of captions: {against(results, rival)}. With an LLM that has read "
-            f"nothing of sureness: {against(results, plain, PLAIN[0])}."
-        )
-    yield f"**The gate**: {gate_said(results)}"
-    yield f"**What the gate is worth**: {gate_worth(results)}"
-    yield f"**Which to use.** {advice(results)}"
 
 
 def ranges(results: Sequence[Result]) -> str:
@@ -206,25 +230,6 @@ def gate_said(results: Sequence[Result]) -> str:
     )
 
 
-def gate_worth(results: Sequence[Result]) -> str:
-    """The token, the choice and what the levels learned, each against the same without it, by the answers."""
-    choice, drawn = (
-        compared(choosing(results, arm, "own row NLL"), choosing(results, arm, "mean row NLL"), -1)
-        for arm in (ADAPTIVE, FROZEN)
-    )
-    ours, ours_right = answer_nll(results, ADAPTIVE), accuracy(results, ADAPTIVE)
-
-    def beside(arm: str) -> str:
-        nats, right = answer_nll(results, arm), accuracy(results, arm)
-        return f"NLL {compared(ours, nats, -1)}, accuracy {compared(ours_right, right)}"
-
-    return (
-        f"choosing for each question, against the mean of its rows for all: NLL {choice}; of a gate left as it was "
-        f"drawn {drawn}. Rows that levels learned, against random ones: {beside(RANDOM_TABLE)}. A token, against none "
-        f"from the same stage 1: {beside(SAME_START)}; against none from the top quarter's: {beside(QUARTER_START)}."
-    )
-
-
 def gate_why(results: Sequence[Result]) -> str:
     """Scale, initialisation, rate and what it reads: each changed alone."""
     nats = answer_nll(results, ADAPTIVE)
@@ -258,7 +263,7 @@ def advice(results: Sequence[Result]) -> str:
     for way, measure in WAYS.items():
         plain = {arm: captions(results, f"{arm}, plain LLM", measure) for arm in names}
         noises = {f"{noise}": of for noise, of in by_noise(results, measure).items() if noise in ADVISED}
-        for case, facts in ({f"{FIRST_NOISE} and an LLM that has read nothing of sureness": plain} | noises).items():
+        for case, facts in ({f"{FIRST_NOISE}, LLM without sureness": plain} | noises).items():
             cases.setdefault(case, []).append(f"{unbeaten({name: facts[arm] for arm, name in names.items()})} ({way})")
     said = "; ".join(f"under {case}: {', '.join(of)}" for case, of in cases.items())
     arms = [arm for arm in MODES if answer_nll(results, arm)]

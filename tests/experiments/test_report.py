@@ -82,6 +82,7 @@ def made_up(seed: int, bits: float = 0.001) -> dict[str, Any]:
     answered["random table"] = answer_arm(0.8, bits)
     choice = {
         arm: {"own row NLL": 0.1, "mean row NLL": same, "rows apart": 0.25, "table norm": 1.5}
+        | {"own row accuracy": 0.9, "mean row accuracy": 0.9}
         for arm, same in (("adaptive", 0.3), ("gate frozen", 0.1))
     }
     del answered["global"]["gate"]
@@ -123,24 +124,20 @@ def rows(page: str, name: str) -> list[list[str]]:
 
 
 def bullet(page: str, start: str) -> str:
-    (line,) = (line for line in page.splitlines() if line.startswith(f"- **{start}"))
-    return line
+    (found,) = (of for of in re.split(r"\n(?!  )", page) if of.startswith(f"- **{start}"))
+    return re.sub(r"\n  ", " ", found)
 
 
 def test_a_verdict_follows_from_its_interval(page):
     """No token: 0.89 − 0.53 in every seed. Top quarter: differences of −0.02, 0.02 and 0."""
-    said = bullet(page, "Levels against no token")
-    shown = (
-        r"at level 7, sampled 0\.8(89|90|91) against 0\.5(29|30|31), \*\*better\*\* \(\+0\.3\d\d; \+0\.3\d\d to \+0\.3"
-    )
-    assert re.search(shown, said)
-    assert said.count("3 seeds") == 4
-    assert re.search(r"of sureness: at level 0, sampled 0\.(499|500|501) against 0\.8\d\d, \*\*worse", said)
-    said = bullet(page, "Levels against filtering")
-    assert said.count("no difference seen") == 2
-    assert "better" not in said
-    assert "worse" not in said
-    assert said.endswith("of sureness: at level 0, sampled unmeasured, greedy unmeasured.")
+    count, *cells = rows(page, "no token")[0][1:]
+    assert count == "3"
+    for cell, sign in zip(cells, (r"\+", r"\+", "−"), strict=True):
+        assert re.fullmatch(rf"{sign}0\.3\d\d \({sign}0\.3\d\d to {sign}0\.3\d\d\) ▲", cell)
+    assert all(cell.endswith(") ▼") for cell in rows(page, "no token, LLM without sureness")[0][2:])
+    for cell in rows(page, "top quarter")[0][2:]:
+        assert re.fullmatch(r"[+−]0\.00\d \(−0\.0\d\d to \+0\.0\d\d\)", cell)
+    assert rows(page, "top quarter, LLM without sureness")[0][1:] == ["0", "—", "—", "—"]
     assert "unmeasured" in bullet(page, "Levels against random levels")
     assert "2 levels: worse; 4 levels: unmeasured" in bullet(page, "Instead of")
     shown = "greedy facts: uniform 0.5: better / no difference seen; biased 0.5: unmeasured / worse."
@@ -172,7 +169,7 @@ def test_advice_names_what_nothing_beats(page):
     said = bullet(page, "Which to use")
     assert "under uniform 0.5: levels or top quarter (sampled), levels or top quarter (greedy); under biased" in said
     assert "under biased 0.5: not known (sampled), not known (greedy)." in said  # there is no arm without a token
-    assert "an LLM that has read nothing of sureness: not known (sampled)" in said
+    assert "under uniform 0.5, LLM without sureness: not known (sampled)" in said
     assert said.endswith("Answers, of the arms of stage 2, by NLL: no token.")
     a, b, c = ({seed: of + 0.001 * seed for seed in SEEDS} for of in (0.7, 0.6, 0.8))
     near = {0: 0.69, 1: 0.72, 2: 0.70}
@@ -182,23 +179,15 @@ def test_advice_names_what_nothing_beats(page):
     assert verdicts.unbeaten({"levels": a, "no token": near, "top quarter": b}) == "levels or no token"
 
 
-def test_what_the_gate_is_worth_stands_beside_the_same_without_it(page):
-    """Own rows 0.1, the mean row 0.3 and 0.1 where it was never trained; a random table is worse, no token better."""
-    said = bullet(page, "What the gate is worth")
-    assert "NLL 0.100 against 0.300, **better** (−0.200; −0.200 to −0.200; 3 seeds); of a gate left as" in said
-    assert "as it was drawn 0.100 against 0.100, **no difference seen**" in said
-    assert "random ones: NLL 0.100 against 0.200, **better** (−0.100; " in said
-    assert "accuracy 0.900 against 0.800, **better** (+0.100; " in said
-    assert (
-        "none from the same stage 1: NLL unmeasured, accuracy unmeasured; against none from the top quarter's" in said
-    )
-    assert rows(page, "gate frozen")[-1][1:] == [
-        "3",
-        "0.250 ± 0.000",
-        "1.500 ± 0.000",
-        *["0.100 ± 0.000"] * 2,
-        ("+0.000 (+0.000 to +0.000)"),
-    ]
+def test_the_gate_stands_beside_the_same_without_it(page):
+    """Own rows 0.1, the mean row 0.3 and 0.1 where it was never trained; a random table is worse."""
+    cells = rows(page, "the mean of its rows for all questions")[0][1:]
+    assert cells == ["3", "−0.200 (−0.200 to −0.200) ▲", "+0.000 (+0.000 to +0.000)"]
+    cells = rows(page, "a table of random numbers")[0][1:]
+    assert cells == ["3", "−0.100 (−0.100 to −0.100) ▲", "+0.100 (+0.100 to +0.100) ▲"]
+    assert rows(page, "no token, from the same stage 1")[0][1:] == ["0", "—", "—"]
+    cells = rows(page, "gate frozen")[-1][1:]
+    assert cells == ["3", "0.250 ± 0.000", "1.500 ± 0.000", *["0.100 ± 0.000"] * 2, "+0.000 (+0.000 to +0.000)"]
 
 
 def test_less_is_better_where_it_is(page):
@@ -224,7 +213,7 @@ def test_one_level_is_chosen_on_validation_by_the_true_captions(results):
 
 
 def test_tables_hold_means_and_spreads(results, page):
-    cells = rows(page, "top quarter")[0]
+    cells = rows(page, "top quarter")[1]
     assert cells[1:3] == ["3", "—"]
     mean, deviation = map(float, cells[3].split(" ± "))
     found = [of["stage 1"]["top quarter"]["test"]["none"]["sampled fact precision"] for of in results]
@@ -309,7 +298,8 @@ def test_emoji_have_a_table_where_they_were_measured(results, page):
 def test_what_is_missing_is_a_dash():
     nothing = report.page({"small": [{"seed": 3}], "large": [made_up(0)]})
     small, large = nothing.split("\nOf large, 1 seed:\n")
-    assert "better" not in small
+    assert "**better**" not in small
+    assert small.count("▲") == 1
     assert "**better**" not in large
     assert "undecided: one seed" in large
     assert "no interval" in large
@@ -338,13 +328,13 @@ def test_a_page_or_picture_of_other_results_is_found(tmp_path, results):
     assert before == {path: (tmp_path / path).read_bytes() for path in written}
     assert b"prefers-color-scheme: dark" in before[report.PICTURES / "small-noise.svg"]
 
-    (tmp_path / report.PAGE).write_bytes(before[report.PAGE].replace(b"**better**", b"**worse**", 1))
+    (tmp_path / report.PAGE).write_bytes(before[report.PAGE].replace(b"3 seeds", b"4 seeds", 1))
     (tmp_path / report.PICTURES / "small-noise.svg").unlink()
     (tmp_path / report.PICTURES / "old.svg").touch()
     other = report.drawings({"small": results[:2]})[report.PICTURES / "small-levels.svg"]
     (tmp_path / report.PICTURES / "small-levels.svg").write_bytes(other.content())
     page, levels, noise, old = report.differences(files, tmp_path)
-    line = next(n for n, said in enumerate(before[report.PAGE].decode().splitlines(), 1) if "**better**" in said)
+    line = next(n for n, said in enumerate(before[report.PAGE].decode().splitlines(), 1) if "3 seeds" in said)
     assert page == f"docs/evidence.md differs from the results files from line {line}"
     assert levels == "docs/evidence/small-levels.svg does not show what the results files hold"
     assert noise == "docs/evidence/small-noise.svg does not show what the results files hold"

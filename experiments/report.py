@@ -77,13 +77,13 @@ OPENING, CLOSING = "<!-- evidence: written by python -m experiments.report -->",
 INTRODUCTION = """\
 # Do alignment levels help, and does the gate?
 
-Written by `python -m experiments.report` from the files in [experiments/results](../experiments/results), and from
-nothing else; a test fails when this page says anything different.
+Written by `python -m experiments.report`, its numbers and verdicts from the files in
+[experiments/results](../experiments/results) alone; a test fails when this page says anything different.
 
 ## In short
 
-Differences are paired by seed, in brackets their 95 % interval; ▲ better, ▼ worse. *LLM without sureness*: one that has
-read nothing that favours levels. *Top quarter* is filtering: no token, and the best quarter of the pairs.
+Differences are paired by seed, in brackets their 95 % interval; ▲ better, ▼ worse. *Plain LLM*: one that has read
+nothing that favours levels. *Top quarter* is filtering: no token, and the best quarter of the pairs.
 """
 METHOD = """\
 ## How it was done
@@ -124,9 +124,9 @@ difference seen" is not "no difference". ± is the standard deviation between se
 **Choices.** Rates, steps and recipe are the demo's, found with seeds 0 and 1, which are not used here; how many runs
 that took was not counted. Before this protocol half of one seed (0) was run, and is not shown. An arm with a token is
 asked for one level in each seed: that at which the true captions of validation pictures are likeliest. What is measured
-of test pictures chooses nothing. That the gate counts as inert or not by one measure, the answers' NLL of *adaptive*
-against *gate frozen*, was written down before these runs; the arms *no token, from …* and the mean row for all
-questions were added when seed 2 had been seen.
+of test pictures chooses no level and no setting. That the gate counts as inert or not by one measure, the answers' NLL
+of *adaptive* against *gate frozen*, was written down before these runs; the arms *no token, from …*, the mean row for
+all questions and the order of this page were added when seed 2 had been seen.
 
 **To repeat it**: `make evidence`; hours on two cores. On a GPU `--sizes large` has pictures of 224 pixels and a tower
 384 wide, and `--sizes smollm2` takes the folder of an LLM ([docs/real-run.md](real-run.md) makes one of SmolLM2-135M)
@@ -140,16 +140,17 @@ true caption. *Asked for*: the level.
 """
 ANSWERED = """\
 Accuracy by kind of question; *mean* counts kinds, not questions. Questions are of scenes with two or three objects.
-Presence is balanced over yes and no, and the "no" questions kept are those that recombine a color and a shape that are
-both there. *Blind*: adaptive, shown another picture. *Any object*: answering for one of the scene's objects at random.
-*Majority*: always the commonest answer.
+Presence is the mean of the accuracies on "yes" and on "no"; the "no" questions kept are those that recombine a color
+and a shape that are both there. *Blind*: adaptive, shown another picture. *Any object*: answering for one of the
+scene's objects at random. *Majority*: always the commonest answer.
 """
 GATE = """\
 *Mutual information*: of the kind of question and a level drawn by the gate's weights, in bits; at most log2(7) = 2.81,
 and at most H(kind). *Entropy*: of a question's weights, in bits. *Dots*: standard deviation of what goes into the
 gate's layers, over questions and image rows together. *Logits*: that of what comes out, over questions. *Apart*: mean
 distance of a question's row from the mean row, in units of its norm. *Norm*: of the table's rows, which stage 2 never
-trains. *Own*, *mean*: the answers' NLL with each question's own row, and with the mean row for all.
+trains. *Own*, *mean*: the answers' NLL with each question's own row, and with the mean row for all, which the model has
+not been trained with.
 """
 
 
@@ -296,8 +297,8 @@ def stage_2(results: Sequence[Result]) -> Iterator[str]:
     found = {arm: [answers(results, arm, "presence", key) for key in presence] for arm in MODES}
     found = {arm: [*of, answers(results, arm, "answer NLL")] for arm, of in found.items()}
     yield (
-        'Presence as POPE counts it, where "yes" is the positive class, so that an F1 no higher than that of *always '
-        "yes* shows nothing; NLL in nats a token of the right answers:\n"
+        'Presence as POPE counts it: "yes" is the positive class, so saying it always has a high F1. NLL in nats a '
+        "token of the right answers:\n"
     )
     rows = [[arm, common(*of), *map(spread, of)] for arm, of in found.items()]
     shares = answers(results, "adaptive", "presence", "yes among answers")
@@ -421,9 +422,10 @@ def readme_block(files: Files) -> str:
         return UNMEASURED
     results = next(iter(files.values()))
     rows = []
-    for arm in MAIN[:4]:
+    for arm in (*MAIN[:4], *PLAIN):
         found = [captions(results, arm, measure) for measure in MEASURES[:4]]
-        rows.append([arm, common(*found), *map(spread, found)])
+        if arm in MAIN or found[0]:
+            rows.append([arm, common(*found), *map(spread, found)])
     head = ["arm", "seeds", *(measure.head for measure in MEASURES[:4])]
     plot = f"![True facts at each level, by arm]({PAGE.parent}/{PICTURES.name}/{next(iter(files))}-levels.svg)"
     closing = (

@@ -14,7 +14,6 @@ from experiments.readings import (
     ADAPTIVE,
     CUTS,
     DRAWN_LARGER,
-    FIRST_NOISE,
     FROZEN,
     HIGHER_RATE,
     MODES,
@@ -127,10 +126,11 @@ def answer(results: Sequence[Result]) -> Iterator[str]:
     measures = (*WAYS.values(), NLL)
     rows = []
     for rival, plain in zip((NONE, QUARTER), PLAIN[1:], strict=True):
-        for arm, other, name in ((OURS, rival, rival), (PLAIN[0], plain, f"{rival}, LLM without sureness")):
+        for arm, other, name in ((OURS, rival, rival), (PLAIN[0], plain, f"{rival}, both with the plain LLM")):
             pairs = [(captions(results, arm, of), captions(results, other, of)) for of in measures]
             cells = [difference(*pair, of.better) for pair, of in zip(pairs, measures, strict=True)]
-            rows.append([name, common(*pairs[0]), *cells])
+            if arm == OURS or pairs[0][0]:
+                rows.append([name, common(*pairs[0]), *cells])
     yield table(["captions: 8 levels minus", "seeds", *(of.head for of in measures)], rows)
 
     own, same = (
@@ -145,7 +145,7 @@ def answer(results: Sequence[Result]) -> Iterator[str]:
         rows.append([name, common(nats, other_nats), *cells])
     yield table(["answers: adaptive minus", "seeds", "NLL", "accuracy"], rows)
 
-    said = f"**The gate** is {gate_said(results)}", f"**Which to use.** {advice(results)}"
+    said = f"**The gate**: {gate_said(results)}", f"**Which to use.** {advice(results)}"
     yield "\n".join(
         textwrap.fill(of, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False) for of in said
     )
@@ -164,11 +164,11 @@ def in_short(results: Sequence[Result]) -> Iterator[str]:
             for noise, facts in by_noise(results, measure).items()
         )
         yield f"**Under each noise**, levels against no token / top quarter, {way} facts: {said or 'unmeasured'}."
-    yield f"**Where modes differ in stage 2**, lowest and highest accuracy by kind of question: {ranges(results)}."
+    yield f"**By kind of question**, lowest and highest mean accuracy of stage 2's arms: {ranges(results)}."
 
 
 def ranges(results: Sequence[Result]) -> str:
-    """Of each kind of question the lowest and the highest mean among modes, the widest first."""
+    """Of each kind of question the lowest and the highest mean among arms, the widest first."""
     found: dict[str, tuple[float, float]] = {}
     for kind in KINDS:
         measured = [answers(results, arm, "accuracy", kind) for arm in MODES]
@@ -178,13 +178,13 @@ def ranges(results: Sequence[Result]) -> str:
     return ", ".join(f"{kind} {found[kind][0]:.3f} to {found[kind][1]:.3f}" for kind in widest) or "unmeasured"
 
 
-def against(results: Sequence[Result], rival: str, arm: str = OURS) -> str:
-    """An arm with levels and a rival, by true facts."""
-    said = []
-    for way, measure in WAYS.items():
-        found = compared(captions(results, arm, measure), captions(results, rival, measure))
-        said.append(f"{way} {found}")
-    return f"at level {levels(results, arm)}, {', '.join(said)}"
+def against(results: Sequence[Result], rival: str) -> str:
+    """Levels and a rival with levels, by true facts."""
+    said = [
+        f"{way} {compared(captions(results, OURS, measure), captions(results, rival, measure))}"
+        for way, measure in WAYS.items()
+    ]
+    return f"asked for level {levels(results, OURS)}, and {levels(results, rival)}: {', '.join(said)}"
 
 
 def obeyed(results: Sequence[Result]) -> str:
@@ -204,8 +204,8 @@ def obeyed(results: Sequence[Result]) -> str:
         )
     shares = means(own(results))
     return (
-        f"{said}, by the rank correlation of sampled facts with the level: {'; '.join(ways)}. In order, not in amount: "
-        f"the training captions of the lowest level have {shares[0]} true facts, those of the highest {shares[-1]}."
+        f"{said}, by the rank correlation of sampled facts with the level: {'; '.join(ways)}. For comparison, the "
+        f"share of true facts in training captions is {shares[0]} in the lowest level and {shares[-1]} in the highest."
     )
 
 
@@ -214,19 +214,19 @@ def gate_said(results: Sequence[Result]) -> str:
     nats, frozen = (answer_nll(results, arm) for arm in (ADAPTIVE, FROZEN))
     found = paired(nats, frozen)
     if not found:
-        return "unmeasured."
-    bits, drawn = (spread(answers(results, arm, "gate", "mutual information")) for arm in (ADAPTIVE, FROZEN))
+        return UNMEASURED
     said = {
-        1: "**not inert**, training it helps",
-        0: "**inert**, no effect of training it on the answers is seen",
-        -1: "**not inert**, training it harms",
+        1: "**not inert**, training it is seen to help",
+        0: "**inert** as far as is seen, training it makes no difference that is told from chance",
+        -1: "**not inert**, training it is seen to harm",
         None: "**undecided**, one seed",
     }[verdict(nats, frozen, -1)]
-    if found.interval and not found.sign:
-        said += f", though a gain of up to {max(0.0, -found.interval[0]):.3f} nats a token is possible"
+    bits, drawn = (answers(results, arm, "gate", "mutual information") for arm in (ADAPTIVE, FROZEN))
+    changed = paired(bits, drawn)
     return (
-        f"{said}: against one left as it was drawn the answers' NLL is {compared(nats, frozen, -1)}. Training changes "
-        f"its weights: a level drawn by them tells {bits} bits about the kind of question, before training {drawn}."
+        f"{said}. The answers' NLL with it and with one left as it was drawn: {compared(nats, frozen, -1)}. Bits that "
+        f"a level drawn by its weights tells about the kind of question, with both: {spread(bits)} and {spread(drawn)}"
+        f"{f' ({apart(changed)})' if changed else ''}."
     )
 
 
@@ -241,41 +241,47 @@ def gate_why(results: Sequence[Result]) -> str:
         return f"logits {of(arm, 'logits std')}, answers' NLL {compared(answer_nll(results, arm), nats, -1)}"
 
     said = (
-        f"*Scale*: the dots have a standard deviation of {of(ADAPTIVE, 'dots std')}, of which the gate as it is drawn "
-        f"makes logits that differ by {of(FROZEN, 'logits std')} from question to question, and trained by "
-        f"{of(ADAPTIVE, 'logits std')}; its weights keep {of(ADAPTIVE, 'entropy')} of 2.81 bits of entropy. "
+        f"*Scale*: as it is drawn the gate makes of dots with a standard deviation of {of(FROZEN, 'dots std')} logits "
+        f"that differ by {of(FROZEN, 'logits std')} from question to question; trained, of {of(ADAPTIVE, 'dots std')} "
+        f"{of(ADAPTIVE, 'logits std')}, and its weights keep {of(ADAPTIVE, 'entropy')} of 2.81 bits of entropy. "
         f"*Initialisation*, four times as large: {beside(DRAWN_LARGER)}. *Rate*, ten times as high: "
         f"{beside(HIGHER_RATE)}. *Text*, answers read in training as the public code does: {beside(READS_ANSWERS)}."
     )
-    helpful = [arm for arm in (HIGHER_RATE, DRAWN_LARGER) if verdict(answer_nll(results, arm), nats, -1) == 1]
-    if helpful:
-        said += f" So within the paper's model a gate can do more: answers are likelier with {' and '.join(helpful)}."
-        said += " `--optim.align-lr` is its rate." * (HIGHER_RATE in helpful)
-    elif all(verdict(answer_nll(results, arm), nats, -1) in (0, -1) for arm in (HIGHER_RATE, DRAWN_LARGER)):
-        said += " So neither rate nor initialisation is seen to hold it back."
+    verdicts = {arm: verdict(answer_nll(results, arm), nats, -1) for arm in (HIGHER_RATE, DRAWN_LARGER)}
+    if helpful := [arm for arm, sign in verdicts.items() if sign == 1]:
+        said += f" Within the paper's model answers are seen to be likelier with {' and with '.join(helpful)}."
+        said += " `--optim.align-lr` is the gate's rate." * (HIGHER_RATE in helpful)
+    elif None not in verdicts.values():
+        said += " No gain from a higher rate or a larger initialisation is told from chance."
     return f"{said} The defaults are the paper's and stay."
 
 
 def advice(results: Sequence[Result]) -> str:
-    """By LLM and noise those of levels, top quarter and no token that none of the others beats; the same of answers."""
-    names = {OURS: "levels", QUARTER: "top quarter", NONE: "no token"}
+    """By LLM and noise which of levels, top quarter and no token has the truest captions; and the likeliest answers."""
     cases: dict[str, list[str]] = {}
     for way, measure in WAYS.items():
-        plain = {arm: captions(results, f"{arm}, plain LLM", measure) for arm in names}
-        noises = {f"{noise}": of for noise, of in by_noise(results, measure).items() if noise in ADVISED}
-        for case, facts in ({f"{FIRST_NOISE}, LLM without sureness": plain} | noises).items():
-            cases.setdefault(case, []).append(f"{unbeaten({name: facts[arm] for arm, name in names.items()})} ({way})")
+        plain = [captions(results, arm, measure) for arm in PLAIN]
+        found = {f"{FIRST_NOISE} with the plain LLM": plain} if any(plain) else {}
+        for noise, facts in by_noise(results, measure).items():
+            if noise in ADVISED:
+                found[noise] = [facts[arm] for arm in (OURS, NONE, QUARTER)]
+        for case, values in found.items():
+            names = dict(zip(("levels", "no token", "top quarter"), values, strict=True))
+            cases.setdefault(case, []).append(f"{' or '.join(best(names)) or 'not known'} ({way})")
     said = "; ".join(f"under {case}: {', '.join(of)}" for case, of in cases.items())
-    arms = [arm for arm in MODES if answer_nll(results, arm)]
-    best = unbeaten({arm: answer_nll(results, arm) for arm in arms}, -1) if arms else "unmeasured"
+    arms = {f"*{arm}*": nats for arm in MODES if (nats := answer_nll(results, arm))}
     return (
-        f"Named is what nothing else is seen to beat. True captions, of levels, top quarter and no token: {said}. "
-        f"Answers, of the arms of stage 2, by NLL: {best}."
+        f"Named are the best on average and what is not told from it. True captions, of levels, top quarter and no "
+        f"token: {said or 'unmeasured'}. Answers, of all arms of stage 2, by NLL: "
+        f"{' or '.join(best(arms, -1)) or 'not known'}."
     )
 
 
-def unbeaten(values: Mapping[str, Values], better: int = 1) -> str:
-    found = {(a, b): verdict(values[a], values[b], better) for a in values for b in values if a != b}
-    if None in found.values():
-        return "not known"
-    return " or ".join(arm for arm in values if all(found[arm, b] != -1 for b in values if b != arm))
+def best(values: Mapping[str, Values], better: int = 1) -> list[str]:
+    """The arm with the best mean, then those of which no difference from it is seen; none where an arm has no two seeds
+    in common with it."""
+    if not values or not all(values.values()):
+        return []
+    first = max(values, key=lambda arm: better * fmean(values[arm].values()))
+    found = {arm: verdict(values[first], of, better) for arm, of in values.items() if arm != first}
+    return [] if None in found.values() else [first, *(arm for arm, sign in found.items() if sign != 1)]

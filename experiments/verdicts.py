@@ -242,8 +242,8 @@ def gate_why(results: Sequence[Result]) -> str:
         return f"logits {of(arm, 'logits std')}, answers' NLL {compared(answer_nll(results, arm), nats, -1)}"
 
     said = (
-        f"*Scale*: as it is drawn the gate makes of dots with a standard deviation of {of(FROZEN, 'dots std')} logits "
-        f"that differ by {of(FROZEN, 'logits std')} from question to question; trained, of {of(ADAPTIVE, 'dots std')} "
+        f"*Scale*, by standard deviations: as drawn, the gate turns dots of {of(FROZEN, 'dots std')} into logits of "
+        f"{of(FROZEN, 'logits std')} between questions; trained, dots of {of(ADAPTIVE, 'dots std')} into logits of "
         f"{of(ADAPTIVE, 'logits std')}, and its weights keep {of(ADAPTIVE, 'entropy')} of 2.81 bits of entropy. "
         f"*Initialisation*, four times as large: {beside(DRAWN_LARGER)}. *Rate*, ten times as high: "
         f"{beside(HIGHER_RATE)}. *Text*, answers read in training as the public code does: {beside(READS_ANSWERS)}."

@@ -253,7 +253,7 @@ def test_the_gate_is_inert_where_training_it_changes_nothing_that_is_seen():
     assert inert.startswith("**inert** as far as is seen, training it makes no difference that is told from chance. ")
     assert "left as it was drawn: 0.100 against 0.100, **no difference seen** (+0.000; −0.025 to +0.025; 3 se" in inert
     assert "question, with both: 0.300 ± 0.000 and 0.200 ± 0.000 (+0.100; +0.100 to +0.100; 3 seeds)." in inert
-    assert "dots with a standard deviation of 0.10 ± 0.00 logits that differ by 0.01 ± 0.00" in inert
+    assert "as drawn, the gate turns dots of 0.10 ± 0.00 into logits of 0.01 ± 0.00 between questions" in inert
     assert "four times as large: logits 0.01 ± 0.00, answers' NLL 0.200 against 0.100, **worse**" in inert
     assert "ten times as high: logits —, answers' NLL unmeasured." in inert
     assert "No gain" not in inert  # one of the two was not measured

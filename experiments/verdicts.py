@@ -259,7 +259,7 @@ def gate_why(results: Sequence[Result]) -> str:
 
 def advice(results: Sequence[Result]) -> str:
     """By LLM and noise which of levels, top quarter and no token has the truest captions; and the likeliest answers."""
-    cases: dict[str, list[str]] = {}
+    cases: dict[str, dict[str, list[str]]] = {}
     for way, measure in WAYS.items():
         plain = [captions(results, arm, measure) for arm in PLAIN]
         found = {f"{FIRST_NOISE} with the plain LLM": plain} if any(plain) else {}
@@ -268,8 +268,9 @@ def advice(results: Sequence[Result]) -> str:
                 found[noise] = [facts[arm] for arm in (OURS, NONE, QUARTER)]
         for case, values in found.items():
             names = dict(zip(("levels", "no token", "top quarter"), values, strict=True))
-            cases.setdefault(case, []).append(f"{' or '.join(best(names)) or 'not known'} ({way})")
-    said = "; ".join(f"under {case}: {', '.join(of)}" for case, of in cases.items())
+            cases.setdefault(case, {}).setdefault(" or ".join(best(names)) or "not known", []).append(way)
+    ways_of = {case: [f"{names} ({', '.join(ways)})" for names, ways in of.items()] for case, of in cases.items()}
+    said = "; ".join(f"under {case}: {', '.join(of)}" for case, of in ways_of.items())
     arms = {f"*{arm}*": nats for arm in MODES if (nats := answer_nll(results, arm))}
     return (
         f"Named are the best on average and what is not told from it. True captions, of levels, top quarter and no "

@@ -168,8 +168,8 @@ def test_obeyed_is_said_by_rank_in_both_ways(page, results):
 def test_advice_names_the_best_and_what_is_not_told_from_it(page):
     said = bullet(page, "Which to use")
     assert re.search(r"under uniform 0.5: (levels or top quarter|top quarter or levels) \(sampled\), ", said)
-    assert "under biased 0.5: not known (sampled), not known (greedy)." in said  # there is no arm without a token
-    assert "under uniform 0.5 with the plain LLM: not known (sampled)" in said
+    assert "under biased 0.5: not known (sampled, greedy)." in said  # there is no arm without a token
+    assert "under uniform 0.5 with the plain LLM: not known (sampled, greedy)" in said
     assert said.endswith("Answers, of all arms of stage 2, by NLL: *no token*.")
     a, b, c = ({seed: of + 0.001 * seed for seed in SEEDS} for of in (0.7, 0.6, 0.8))
     near = {0: 0.69, 1: 0.72, 2: 0.70}

@@ -272,10 +272,13 @@ def advice(results: Sequence[Result]) -> str:
     ways_of = {case: [f"{names} ({', '.join(ways)})" for names, ways in of.items()] for case, of in cases.items()}
     said = "; ".join(f"under {case}: {', '.join(of)}" for case, of in ways_of.items())
     arms = {f"*{arm}*": nats for arm in MODES if (nats := answer_nll(results, arm))}
+    likeliest = best(arms, -1)
+    answered = " or ".join(likeliest) or "not known"
+    if 1 < len(likeliest) == len(arms):
+        answered = f"{likeliest[0]}, from which none of the other {len(arms) - 1} is told"
     return (
         f"Named are the best on average and what is not told from it. True captions, of levels, top quarter and no "
-        f"token: {said or 'unmeasured'}. Answers, of all arms of stage 2, by NLL: "
-        f"{' or '.join(best(arms, -1)) or 'not known'}."
+        f"token: {said or 'unmeasured'}. Answers, of all arms of stage 2, by NLL: {answered}."
     )
 
 

@@ -171,6 +171,10 @@ def test_advice_names_the_best_and_what_is_not_told_from_it(page):
     assert "under biased 0.5: not known (sampled, greedy)." in said  # there is no arm without a token
     assert "under uniform 0.5 with the plain LLM: not known (sampled, greedy)" in said
     assert said.endswith("Answers, of all arms of stage 2, by NLL: *no token*.")
+    alike = [made_up(seed) for seed in SEEDS]
+    for result in alike:
+        result["stage 2"] = {arm: {"test": answer_arm(0.9, bits=0.1)} for arm in ("adaptive", "local", "no token")}
+    assert verdicts.advice(alike).endswith("by NLL: *adaptive*, from which none of the other 2 is told.")
     a, b, c = ({seed: of + 0.001 * seed for seed in SEEDS} for of in (0.7, 0.6, 0.8))
     near = {0: 0.69, 1: 0.72, 2: 0.70}
     assert verdicts.best({"levels": a, "no token": b, "top quarter": c}) == ["top quarter"]

@@ -225,8 +225,9 @@ def gate_said(results: Sequence[Result]) -> str:
     bits, drawn = (answers(results, arm, "gate", "mutual information") for arm in (ADAPTIVE, FROZEN))
     changed = paired(bits, drawn)
     return (
-        f"{said}. The answers' NLL with it and with one left as it was drawn: {compared(nats, frozen, -1)}. Bits that "
-        f"a level drawn by its weights tells about the kind of question, with both: {spread(bits)} and {spread(drawn)}"
+        f"{said}. The answers' NLL with it and with one left as it was drawn: {compared(nats, frozen, -1)}; accuracy, "
+        f"which does not decide: {compared(accuracy(results, ADAPTIVE), accuracy(results, FROZEN))}. Bits that a level "
+        f"drawn by its weights tells about the kind of question, with both: {spread(bits)} and {spread(drawn)}"
         f"{f' ({apart(changed)})' if changed else ''}."
     )
 

@@ -270,6 +270,7 @@ def test_the_gate_is_inert_where_training_it_changes_nothing_that_is_seen():
     helps = said(0.81, 0.79, 0.8)
     assert helps.startswith("**not inert**, training it is seen to help. ")
     assert "0.100 against 0.200, **better**" in helps
+    assert "accuracy, which does not decide: 0.900 against 0.800, **better**" in helps
     assert said(0.96, 0.97, 0.95).startswith("**not inert**, training it is seen to harm. ")
     assert said(0.8).startswith("**undecided**, one seed. ")
     assert verdicts.gate_said([made_up(0)]) == "Unmeasured."

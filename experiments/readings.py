@@ -50,10 +50,10 @@ NUM_LEVELS, FIRST_NOISE, OWN = 8, "uniform 0.5", "the pairs' own"
 PLAIN = tuple(f"{arm}, plain LLM" for arm in (OURS, NONE, QUARTER))
 ADAPTIVE, RANDOM_TABLE, FROZEN = "adaptive", "random table", "gate frozen"
 HIGHER_RATE, DRAWN_LARGER, READS_ANSWERS = "gate rate x 10", "gate drawn x 4", "gate reads answers"
-WILDER = (HIGHER_RATE, DRAWN_LARGER, READS_ANSWERS)
 SAME_START, QUARTER_START = "no token, from 8 levels", "no token, from top quarter"
 MODES = (
-    ADAPTIVE, "local", "global", "average", RANDOM_TABLE, FROZEN, *WILDER, SAME_START, QUARTER_START, NONE
+    ADAPTIVE, "local", "global", "average", RANDOM_TABLE, FROZEN,
+    HIGHER_RATE, DRAWN_LARGER, READS_ANSWERS, SAME_START, QUARTER_START, NONE,
 )  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def accuracy(results: Sequence[Result], arm: str) -> Values:
 
 
 def choosing(results: Sequence[Result], arm: str, key: str) -> Values:
-    """What answers lose with the mean of the gate's rows for all questions."""
+    """Of answers with each question's own row of the gate, and with the mean of these rows for all questions."""
     return read(results, "choosing", arm, key)
 
 
@@ -146,8 +146,8 @@ def correlations(found: Rows) -> Values:
 
 
 def own(results: Sequence[Result]) -> Rows:
-    """How much of the training captions of each level is true, counted as the models' captions are. A seed in which a
-    level has none to count is left out."""
+    """How much of the training captions of each level is true, each caption counting the same. A seed in which a level
+    has none to count is left out."""
     found = read(results, "noise", FIRST_NOISE, "mean true facts")
     return {seed: values for seed, values in found.items() if None not in values}
 
